@@ -1,0 +1,1 @@
+"""Observers and training behaviour for any LightningModule."""

@@ -1,0 +1,157 @@
+"""Whole-batch fetching: data stay tensors, a batch is one gather, its order a function of (seed, epoch)."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from callbacks.rng import make_generator
+
+
+class Rows(Protocol):
+    """Anything that gives many rows at once: a tensor, or pictures that are decoded on demand."""
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """Rows at these positions."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        ...
+
+
+class FieldDataset(Dataset):
+    """Named fields of equal length; `dataset[index_tensor]` is a batch dict with `index` added.
+
+    Args:
+        fields: name -> rows. Fields given as `rows_of` are looked up through it.
+        rows_of: (n,) int64; position of example i in the fields named in `indirect`. A subset so shares its pictures
+            with the full set instead of copying them.
+        indirect: names of the fields that are indexed through `rows_of`.
+        extra: constants that each batch carries along.
+    """
+
+    def __init__(
+        self,
+        fields: Mapping[str, Rows],
+        rows_of: Tensor | None = None,
+        indirect: tuple[str, ...] = (),
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.fields = dict(fields)
+        self.rows_of = rows_of
+        self.indirect = indirect
+        self.extra = dict(extra or {})
+        lengths = {
+            name: len(rows_of) if name in indirect and rows_of is not None else len(rows)
+            for name, rows in self.fields.items()
+        }
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"fields must have the same number of rows, got {lengths}")
+        self._length = next(iter(lengths.values()))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: Tensor) -> dict[str, Any]:
+        through = index if self.rows_of is None else self.rows_of[index]
+        batch: dict[str, Any] = {
+            name: rows[through if name in self.indirect else index] for name, rows in self.fields.items()
+        }
+        return {**batch, "index": index, **self.extra}
+
+
+class Passes(Dataset):
+    """Several data sets of n examples each, walked through one after the other in an epoch; adds `pass` to a batch."""
+
+    def __init__(self, passes: list[FieldDataset]) -> None:
+        self.passes = passes
+        self.length = len(passes[0])
+        if any(len(p) != self.length for p in passes):
+            raise ValueError(f"passes must have the same length, got {[len(p) for p in passes]}")
+
+    def __len__(self) -> int:
+        return self.length * len(self.passes)
+
+    def __getitem__(self, index: Tensor) -> dict[str, Any]:
+        which = int(index[0]) // self.length
+        return {**self.passes[which][index - which * self.length], "pass": which}
+
+
+class BatchOrder(Sampler[Tensor]):
+    """Index tensors of this rank's part of each global batch.
+
+    The order of an epoch is a function of (seed, epoch) alone, so a resumed run continues in the order of an
+    undisturbed one, and each global batch holds the same examples whatever the number of ranks. Nothing is padded or
+    repeated: a last, smaller batch is kept and split as evenly as it goes.
+
+    Args:
+        num_examples: examples per pass.
+        batch_size: global batch size, a multiple of `num_replicas`.
+        shuffle: False keeps the stored order (evaluation).
+        num_passes: passes over the examples per epoch, each in its own order; pass p counts from `p * num_examples`.
+        rank, num_replicas: position among the data-parallel processes.
+
+    Raises:
+        ValueError: the batch does not divide by the number of replicas.
+    """
+
+    def __init__(
+        self,
+        num_examples: int,
+        batch_size: int,
+        shuffle: bool,
+        num_passes: int = 1,
+        rank: int = 0,
+        num_replicas: int = 1,
+    ) -> None:
+        if batch_size < 1 or batch_size % num_replicas:
+            raise ValueError(
+                f"data.batch_size is global and must be a positive multiple of the {num_replicas} processes, "
+                f"got {batch_size}"
+            )
+        self.num_examples = num_examples
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.num_passes = num_passes
+        self.rank = rank
+        self.num_replicas = num_replicas
+        self.epoch = 0
+        self.skip = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch's order; the Trainer calls this."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_passes * -(-self.num_examples // self.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        skip, self.skip = self.skip, 0
+        for number, batch in enumerate(self._global_batches()):
+            mine = batch.tensor_split(self.num_replicas)[self.rank] if self.num_replicas > 1 else batch
+            if number >= skip and len(mine):
+                yield mine
+
+    def _global_batches(self) -> Iterator[Tensor]:
+        for number in range(self.num_passes):
+            order = torch.arange(self.num_examples)
+            if self.shuffle:
+                generator = make_generator(f"order/{self.epoch}/{number}")
+                order = torch.randperm(self.num_examples, generator=generator)
+            yield from (order + number * self.num_examples).split(self.batch_size)
+
+
+def loader(dataset: Dataset, order: BatchOrder, num_workers: int = 0, pin_memory: bool = False) -> DataLoader:
+    """DataLoader that fetches one batch per index tensor; its own generator keeps the global random state untouched."""
+    return DataLoader(
+        dataset,
+        sampler=order,
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+        generator=make_generator("loader"),
+    )

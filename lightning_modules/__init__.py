@@ -1,0 +1,1 @@
+"""Methods: one file per paper, folders for what papers share."""

@@ -1,0 +1,1 @@
+"""The command `noisebench`: thin verbs over the rooms of the project."""
