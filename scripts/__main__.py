@@ -1,0 +1,75 @@
+"""The command `noisebench`: chooses the verb; nothing heavy is imported before that."""
+
+import sys
+
+from scripts.errors import UserError
+
+HELP = """usage: noisebench VERB ...
+
+Train and check papers on noise in deep learning.
+
+  list [PAPER]                     papers, recipes, claims and their verdicts
+  reproduce PAPER | --all          run what the claims of a paper still lack, print the verdicts
+  fit      --config RECIPE ...     train one recipe; options as in LightningCLI
+  validate --config RECIPE ...     evaluate a checkpoint on the validation sets
+  test     --config RECIPE ...     evaluate a checkpoint on the test set
+  predict  --config RECIPE ...     predict with a checkpoint
+  leaderboard                      table of all claims from the records in runs/
+
+examples:
+  noisebench reproduce elr
+  noisebench fit --config recipes/elr/mini-sym40.yaml --model.lam 5 --seed_everything 1
+
+`noisebench VERB --help` shows the options of a verb.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one verb; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return 0 if argv else 2
+    name, rest = argv[0], argv[1:]
+    try:
+        return _dispatch(name, rest)
+    except UserError as error:
+        print(f"noisebench {name}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; finished runs are kept, unfinished ones resume", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # the reader of a pipe such as `| head` has gone
+        sys.stderr.close()
+        return 0
+
+
+def _dispatch(name: str, rest: list[str]) -> int:
+    if name in ("fit", "validate", "test", "predict"):
+        from scripts import train
+
+        return train.verb(name, rest)
+    if name == "list":
+        from scripts import listing
+
+        return listing.verb(rest)
+    if name == "leaderboard":
+        from scripts import leaderboard
+
+        return leaderboard.verb(rest)
+    if name == "reproduce":
+        from scripts import reproduce
+
+        return reproduce.verb(rest)
+    import difflib
+
+    close = difflib.get_close_matches(
+        name, ["list", "reproduce", "fit", "validate", "test", "predict", "leaderboard"], n=1
+    )
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise UserError(f"no such verb{hint} `noisebench --help` lists them")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

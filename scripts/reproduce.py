@@ -1,0 +1,232 @@
+"""`noisebench reproduce`: runs what the claims of a paper still lack, many runs in few processes, and judges them."""
+
+import argparse
+import contextlib
+import os
+import queue
+import sys
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from scripts import recipes
+from scripts.claims import Claim, load_paper
+from scripts.errors import UserError
+from scripts.leaderboard import verdict_lines, write
+from scripts.records import evaluate, read_records
+from scripts.worker import quiet, train_one
+
+EXAMPLES = """examples:
+  noisebench reproduce elr                                  the mini claims of one paper
+  noisebench reproduce elr --claim elr-beats-ce-sym40       one claim
+  noisebench reproduce elr --seeds 0..4                     other seeds than the claims' own
+  noisebench reproduce --all --jobs 2                       every paper
+
+Finished runs are skipped while their recipe and code are unchanged; runs that were cut off continue from their last
+checkpoint. Each run uses one CPU thread, so that results do not depend on --jobs."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run that a claim needs."""
+
+    recipe: str
+    seed: int
+
+    @property
+    def max_epochs(self) -> int:
+        """Epochs that the recipe asks for, for the progress bar."""
+        trainers = [document.get("trainer", {}) for document in recipes.expand(recipes.find_recipe(self.recipe))]
+        return int(next((t["max_epochs"] for t in reversed(trainers) if "max_epochs" in t), 1))
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`0..4` or `0,3,5` as a list.
+
+    Raises:
+        UserError: neither form, or fewer than two seeds.
+    """
+    try:
+        if ".." in text:
+            first, last = (int(part) for part in text.split(".."))
+            seeds = list(range(first, last + 1))
+        else:
+            seeds = [int(part) for part in text.split(",")]
+    except ValueError:
+        seeds = []
+    if len(set(seeds)) < 2 or min(seeds) < 0:
+        raise UserError(f"--seeds must name at least two seeds, as 0..4 or 0,3,5; got {text!r}")
+    return sorted(set(seeds))
+
+
+def chosen_claims(slugs: list[str], which: str | None, scale: str) -> list[Claim]:
+    """Claims of these papers in their order.
+
+    Args:
+        slugs: papers.
+        which: a claim id, `all` for the extra ones too, None for the ordinary ones of this scale.
+        scale: mini or paper; an id is found at any scale.
+
+    Raises:
+        UserError: unknown paper or claim.
+    """
+    claims = [claim for slug in slugs for claim in load_paper(slug).claims]
+    if which is None or which == "all":
+        return [c for c in claims if c.scale == scale and (which == "all" or not c.extra)]
+    found = [c for c in claims if c.id == which]
+    if not found:
+        raise UserError(f"--claim: no claim {which!r}; {', '.join(slugs)} has {', '.join(c.id for c in claims)}")
+    return found
+
+
+def verb(argv: list[str]) -> int:
+    """Entry of `noisebench reproduce`."""
+    parser = argparse.ArgumentParser(
+        prog="noisebench reproduce",
+        description=(__doc__ or "").partition(": ")[2],
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("papers", nargs="*", metavar="PAPER", help="slugs, see `noisebench list`")
+    parser.add_argument("--all", action="store_true", help="every paper")
+    parser.add_argument("--claim", metavar="ID", help="one claim; `all` adds those that need more time")
+    parser.add_argument("--seeds", metavar="A..B", help="these seeds instead of the claims' own")
+    parser.add_argument("--scale", choices=("mini", "paper"), default="mini", help="default: mini")
+    parser.add_argument("--jobs", type=int, help="runs at once; default: CPU cores, 1 for recipes that may use a GPU")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
+    parser.add_argument("--wandb", action="store_true", help="mirror each run to Weights & Biases")
+    options = parser.parse_args(argv)
+    slugs = recipes.papers() if options.all else options.papers
+    unknown = [slug for slug in slugs if slug not in recipes.papers()]
+    if unknown or not slugs:
+        problem = f"no paper {unknown[0]!r}" if unknown else "name a paper or --all"
+        raise UserError(f"{problem}; there are {', '.join(recipes.papers())}")
+    if options.jobs is not None and options.jobs < 1:
+        raise UserError(f"--jobs must be at least 1, got {options.jobs}")
+    claims = chosen_claims(slugs, options.claim, options.scale)
+    if not claims:
+        raise UserError(f"{', '.join(slugs)} has no claims of scale {options.scale}")
+    if options.seeds is not None:
+        claims = [claim.with_seeds(parse_seeds(options.seeds)) for claim in claims]
+    _check_writable(options.runs)
+    return _reproduce(claims, options)
+
+
+def _check_writable(runs: Path) -> None:
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        probe = runs / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--runs: cannot write {runs.absolute()}: {error.strerror}") from error
+
+
+def _reproduce(claims: list[Claim], options: argparse.Namespace) -> int:
+    records, problems = read_records(options.runs)
+    for problem in problems:
+        print(f"skipped: {problem}", file=sys.stderr)
+    needs = {claim: {Job(*job) for job in evaluate(claim, records).to_run} for claim in claims}
+    jobs = list(dict.fromkeys(job for claim in claims for job in sorted(needs[claim], key=lambda j: j.seed)))
+    total = len({(recipe, seed) for claim in claims for recipe, seed in claim.runs()})
+    print(f"{len(claims)} claims need {total} runs; {total - len(jobs)} are there, {len(jobs)} to run")
+    waiting, errors = dict(needs), 0
+    _judge(claims, waiting, set(), options.runs)
+    if jobs:
+        done: set[Job] = set()
+        with _Progress(jobs) as progress:
+            for job, error in _train(jobs, options, progress):
+                done.add(job)
+                if error is not None:
+                    errors += 1
+                    progress.say(f"FAILED {job.recipe} seed {job.seed}: {error}")
+                _judge(claims, waiting, done, options.runs, progress.say)
+    print(f"table of all claims: {write(options.runs)}")
+    return 1 if errors or problems else 0
+
+
+def _judge(claims: list[Claim], waiting: dict[Claim, set[Job]], done: set[Job], runs: Path, say: Any = print) -> None:
+    """Prints the verdict of each claim whose last run has just ended."""
+    ready = [claim for claim in claims if claim in waiting and waiting[claim] <= done]
+    if not ready:
+        return
+    records, _ = read_records(runs)
+    for claim in ready:
+        del waiting[claim]
+        say(verdict_lines(evaluate(claim, records)))
+
+
+def _train(jobs: list[Job], options: argparse.Namespace, progress: "_Progress") -> Any:
+    """Runs all jobs; yields (job, error text or None) as each ends."""
+    context = get_context("spawn")
+    events = context.Queue()
+    workers = min(options.jobs or _default_jobs(jobs), len(jobs))
+    with ProcessPoolExecutor(workers, context, quiet, (events,)) as pool:
+        futures: dict[Future, Job] = {
+            pool.submit(train_one, number, job.recipe, job.seed, str(options.runs), options.wandb): job
+            for number, job in enumerate(jobs)
+        }
+        try:
+            while futures:
+                with contextlib.suppress(queue.Empty):
+                    progress.epoch(*events.get(timeout=0.2))
+                for future in [future for future in futures if future.done()]:
+                    yield futures.pop(future), _result(future)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _result(future: Future) -> str | None:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process died (out of memory, or killed); finished runs are kept, the same command continues"
+        ) from error
+
+
+def _default_jobs(jobs: list[Job]) -> int:
+    for job in jobs:
+        documents = recipes.expand(recipes.find_recipe(job.recipe))
+        if not any(document.get("trainer", {}).get("accelerator") == "cpu" for document in documents):
+            return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _Progress:
+    """One bar over the epochs of all runs."""
+
+    def __init__(self, jobs: list[Job]) -> None:
+        self.jobs = jobs
+        self.epochs = [job.max_epochs for job in jobs]
+        self.seen = [0] * len(jobs)
+        quiet_terminal = not sys.stderr.isatty()
+        self.bar = tqdm(total=sum(self.epochs), unit="epoch", mininterval=30 if quiet_terminal else 0.5)
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+    def epoch(self, number: int, epochs_done: int) -> None:
+        """Run `number` has finished this many epochs."""
+        job = self.jobs[number]
+        self.bar.set_description(
+            f"run {number + 1} of {len(self.jobs)}, {job.recipe} seed {job.seed}, "
+            f"epoch {epochs_done}/{self.epochs[number]}",
+            refresh=False,
+        )
+        self.bar.update(epochs_done - self.seen[number])
+        self.seen[number] = epochs_done
+
+    def say(self, text: str) -> None:
+        """Prints above the bar."""
+        self.bar.write(text)

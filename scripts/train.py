@@ -1,0 +1,335 @@
+"""`noisebench fit | validate | test | predict`: LightningCLI with `base:` recipes, run folders, records and a guard."""
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from jsonargparse import ArgumentError, Namespace
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from callbacks.nonfinite import StopOnNonFiniteLoss
+from callbacks.rng import RngState
+from callbacks.run_record import RunRecord
+from scripts import provenance, recipes
+from scripts.code_hash import code_hash
+from scripts.errors import UserError
+
+PRINTING = ("enable_progress_bar", "enable_model_summary")
+WHERE_AND_HOW = ("accelerator", "devices", "num_nodes", "strategy", *PRINTING)
+"""Trainer options that say where a run happens and what it prints, not what it computes."""
+HOUSEKEEPING = ("ckpt_path", "runs", "overwrite", "wandb")
+NOT_SETTINGS = ("seed_everything", *HOUSEKEEPING, "weights_only", "verbose", "return_predictions", "model_summary")
+
+
+def split_config_options(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The values of all `--config X`, `--config=X`, `-c X`, and the other arguments, both in order."""
+    names, rest, words = [], [], list(argv)
+    while words:
+        word = words.pop(0)
+        if word in ("--config", "-c"):
+            if not words:
+                raise UserError(f"{word} needs the name of a recipe, e.g. --config elr/mini-sym40")
+            names.append(words.pop(0))
+        elif word.startswith("--config="):
+            names.append(word.removeprefix("--config="))
+        else:
+            rest.append(word)
+    return names, rest
+
+
+def without_options(words: list[str], names: tuple[str, ...]) -> list[str]:
+    """Command-line words without the options of these names (`--name value` or `--name=value`)."""
+    free, kept, take = {f"--{name}" for name in names}, [], True
+    for word in words:
+        if word.startswith("--"):
+            take = word.split("=")[0] not in free
+        if take:
+            kept.append(word)
+    return kept
+
+
+def settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a resolved config that decides what a run computes, apart from its seed."""
+    kept = {key: value for key, value in config.items() if key not in NOT_SETTINGS}
+    kept["trainer"] = {
+        key: value
+        for key, value in config["trainer"].items()
+        if key not in (*WHERE_AND_HOW, "logger", "default_root_dir", "enable_checkpointing")
+    }
+    kept["checkpoint"] = {key: value for key, value in config["checkpoint"].items() if key != "dirpath"}
+    return kept
+
+
+class RecipeCLI(LightningCLI):
+    """LightningCLI that owns the run's folder.
+
+    Args:
+        recipe: file of the recipe, for the record.
+        verb: fit, validate, test or predict.
+        argv: arguments after the verb, without `--config`.
+        more_configs: further config files, for the record.
+        extra_callbacks: added to the Trainer (progress of `reproduce`).
+        resume: `fit` only: continue the folder's last checkpoint if this code wrote it.
+    """
+
+    def __init__(
+        self,
+        recipe: Path | None,
+        verb: str,
+        argv: list[str],
+        more_configs: list[str],
+        extra_callbacks: tuple[Callback, ...] = (),
+        resume: bool = False,
+    ) -> None:
+        self.recipe = recipe
+        self.verb = verb
+        self.command_line = argv
+        where = tuple(f"trainer.{name}" for name in WHERE_AND_HOW)
+        changed = without_options(argv, ("seed_everything", *HOUSEKEEPING, *where))
+        self.overrides = [f"--config {name}" for name in more_configs] + changed
+        self.more_configs = more_configs
+        self.extra_callbacks = extra_callbacks
+        self.resume = resume
+        documents = [] if recipe is None else recipes.expand(recipe)
+        for name in more_configs:
+            documents += recipes.expand(recipes.find_recipe(name))
+        options = [word for document in documents for word in ("--config", yaml.safe_dump(document, sort_keys=False))]
+        strict = {"exit_on_error": False, "allow_abbrev": False}
+        super().__init__(
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            save_config_callback=None,
+            parser_kwargs={**strict, **dict.fromkeys(self.subcommands(), strict)},
+            trainer_defaults={
+                "logger": False,
+                "num_sanity_val_steps": 0,
+                "use_distributed_sampler": False,  # our loaders split the global batch themselves
+            },
+            args=[verb, *options, *argv],
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The Trainer methods that the command offers."""
+        common = {"model", "dataloaders", "datamodule"}
+        fit = {"model", "train_dataloaders", "val_dataloaders", "datamodule"}
+        return {"fit": fit, "validate": common, "test": common, "predict": common}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds `checkpoint.*` and the options of the run folder."""
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults({"checkpoint.save_on_train_epoch_end": True, "checkpoint.enable_version_counter": False})
+        parser.add_argument("--runs", type=str, default="runs", help="folder of all runs")
+        parser.add_argument("--overwrite", type=bool, default=False, help="true deletes this run's earlier results")
+        parser.add_argument(
+            "--wandb", type=bool, default=True, help="mirror to Weights & Biases; offline when not logged in"
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """As LightningCLI; mistakes become one message."""
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            raise UserError(str(error)) from error
+
+    def _parse_ckpt_path(self) -> None:
+        """Keeps the options as given (plain Lightning lets the checkpoint's win) and stops if they differ."""
+        path = self._option("ckpt_path")
+        if path is None or path in ("last", "best", "hpc", "registry"):
+            return
+        if not Path(path).exists():
+            raise UserError(f"--ckpt_path: no checkpoint {path}")
+        stored = read_checkpoint_facts(Path(path))
+        differing = differences(stored.get("config", {}), self._plain_config())
+        if differing:
+            raise UserError(
+                f"--ckpt_path {path} was written with other settings: {'; '.join(differing)}. "
+                "Give the same settings, or start without --ckpt_path"
+            )
+
+    def before_instantiate_classes(self) -> None:
+        """Chooses the run's folder from what will be computed."""
+        self.plain = self._plain_config()
+        self.seed = int(self._option("seed_everything"))
+        self.config_hash = recipes.short_hash(settings(self.plain))
+        self.code_hash = code_hash(settings(self.plain))
+        name = "local/config" if self.recipe is None else recipes.recipe_name(self.recipe)
+        self.folder = Path(self._option("runs")) / name / self.config_hash / f"seed{self.seed}"
+        config = self.config[self.verb]
+        if self.verb != "fit":
+            return
+        config.checkpoint.dirpath = config.checkpoint.dirpath or str(self.folder / "checkpoints")
+        config.trainer.default_root_dir = str(self.folder)
+        self._claim_folder()
+
+    def _claim_folder(self) -> None:
+        last = self.folder / "checkpoints" / "last.ckpt"
+        self.ckpt_path = self._option("ckpt_path")
+        if self.resume:
+            if last.exists() and read_checkpoint_facts(last).get("code_hash") == self.code_hash:
+                self.ckpt_path = str(last)
+            elif self.folder.exists():
+                _set_aside(self.folder)
+        elif self._option("overwrite"):
+            shutil.rmtree(self.folder, ignore_errors=True)
+        elif self.folder.exists() and self.ckpt_path is None:
+            done = "is finished" if (self.folder / "record.json").exists() else "was begun"
+            how = f"--ckpt_path {last} continues it, " if last.exists() else ""
+            raise UserError(f"this run {done} in {self.folder}; {how}--overwrite true starts anew")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--runs: cannot write {self.folder}: {error}") from error
+        if not os.access(self.folder, os.W_OK):
+            raise UserError(f"--runs: cannot write {self.folder}: permission denied")
+        self.config[self.verb].ckpt_path = self.ckpt_path
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Adds the callbacks that every run has, and the W&B mirror."""
+        facts = self._facts()
+        if self.verb == "fit" and self._option("wandb") and not self.plain["trainer"]["logger"]:
+            kwargs["logger"] = _wandb_logger(self.folder, f"{facts['recipe']} seed {self.seed}", self.ckpt_path)
+            facts["wandb_id"] = kwargs["logger"].version
+        trainer: Any = super().instantiate_trainer(**kwargs)
+        if self.verb == "fit":
+            savers = [c for c in trainer.callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None]
+            others = [c for c in trainer.callbacks if not isinstance(c, ModelCheckpoint)]
+            record, last = RunRecord(self.folder, facts), last_checkpoint(self.folder / "checkpoints")
+            trainer.callbacks = [
+                *others,
+                *self.extra_callbacks,
+                RngState(),
+                StopOnNonFiniteLoss(),
+                record,
+                *savers,
+                last,
+            ]
+        return trainer
+
+    def _facts(self) -> dict[str, Any]:
+        recipe = "local/config" if self.recipe is None else recipes.recipe_name(self.recipe)
+        hardware = dict(provenance.hardware())
+        if torch.cuda.is_available():
+            hardware["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        names = ([] if self.recipe is None else [_shown(self.recipe)]) + self.more_configs
+        words = without_options(self.command_line, (*HOUSEKEEPING, *(f"trainer.{name}" for name in PRINTING)))
+        command = ["noisebench", self.verb, *(w for n in names for w in ("--config", n)), *words]
+        return {
+            "command": shlex.join(command),
+            "recipe": recipe,
+            "recipe_hash": None if self.recipe is None else recipes.recipe_hash(self.recipe),
+            "overrides": self.overrides,
+            "config": self.plain,
+            "config_hash": self.config_hash,
+            "code_hash": self.code_hash,
+            "git": provenance.git_state(),
+            "versions": provenance.versions(),
+            "hardware": {**hardware, "torch_threads": torch.get_num_threads()},
+            "seed": self.seed,
+        }
+
+    def _option(self, name: str) -> Any:
+        return self.config[self.verb].get(name)
+
+    def _plain_config(self) -> dict[str, Any]:
+        """The resolved config as plain mappings, as YAML would hold it."""
+        config: Namespace = self.config[self.verb].clone()
+        config.pop("config", None)
+        return yaml.safe_load(self._parser(self.verb).dump(config, skip_none=False, skip_validation=True))
+
+
+def last_checkpoint(folder: Path) -> ModelCheckpoint:
+    """Saves `last.ckpt` at the end of every epoch; ModelCheckpoint's `save_last` does so only with a new best one."""
+    return ModelCheckpoint(folder, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
+
+
+def differences(stored: dict[str, Any], given: dict[str, Any]) -> list[str]:
+    """`key: stored -> given` for each model or data setting that differs; locations of data do not count."""
+    old, new = (_flat({key: config.get(key) for key in ("model", "data")}) for config in (stored, given))
+    keys = sorted(old.keys() | new.keys())
+    lines = [(key, old.get(key), new.get(key)) for key in keys if key.split(".")[-1] not in ("root", "num_workers")]
+    return [f"{key.replace('.init_args', '')}: {was!r} -> {now!r}" for key, was, now in lines if was != now]
+
+
+def read_checkpoint_facts(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of the run that wrote it; empty for one that noisebench did not write.
+
+    Raises:
+        UserError: not a checkpoint.
+    """
+    try:
+        # a sharded checkpoint is a folder; this file holds what is not a shard of a tensor
+        file = path / "meta.pt" if path.is_dir() else path
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True).get("noisebench", {})
+    except Exception as error:
+        raise UserError(f"--ckpt_path: {path} is not a readable checkpoint: {error}".splitlines()[0]) from error
+
+
+def run(verb: str, argv: list[str], extra_callbacks: tuple[Callback, ...] = (), resume: bool = False) -> RecipeCLI:
+    """Parses, builds and runs one recipe in this process; arguments as on the command line after the verb."""
+    names, rest = split_config_options(argv)
+    recipe = recipes.find_recipe(names[0]) if names else None
+    return RecipeCLI(recipe, verb, rest, names[1:], extra_callbacks, resume)
+
+
+def verb(name: str, argv: list[str]) -> int:
+    """Entry of `noisebench fit ...` and its siblings."""
+    explained(lambda: run(name, argv), " ".join(split_config_options(argv)[0]))
+    return 0
+
+
+def explained(action: Callable[[], Any], recipe: str) -> Any:
+    """Runs `action`; what a user can mend becomes a UserError that names the recipe."""
+    try:
+        return action()
+    except UserError:
+        raise
+    except (ValueError, OSError, RuntimeError) as error:
+        if os.environ.get("NOISEBENCH_TRACEBACK"):
+            raise
+        hint = f"(recipe {recipe}; NOISEBENCH_TRACEBACK=1 shows where)" if recipe else ""
+        raise UserError(f"{error} {hint}".strip()) from error
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}".lstrip(".")).items()}
+
+
+def _set_aside(folder: Path) -> None:
+    """Keeps what other code left in the folder, under another name."""
+    number = 1
+    while (target := folder.with_name(f"{folder.name}.old{number}")).exists():
+        number += 1
+    folder.rename(target)
+
+
+def _shown(recipe: Path) -> str:
+    """The recipe as a user anywhere can name it."""
+    resolved = recipe.resolve()
+    return f"recipes/{resolved.relative_to(recipes.ROOT)}" if resolved.is_relative_to(recipes.ROOT) else str(recipe)
+
+
+def _wandb_logger(folder: Path, name: str, ckpt_path: str | None) -> Any:
+    import wandb
+    from lightning.pytorch.loggers import WandbLogger
+
+    offline = os.environ.get("WANDB_MODE") in (None, "offline") and (
+        os.environ.get("WANDB_MODE") == "offline" or wandb.api.api_key is None
+    )
+    identity = read_checkpoint_facts(Path(ckpt_path)).get("wandb_id") if ckpt_path else None
+    os.environ.setdefault("WANDB_SILENT", "true")
+    if offline:
+        print(f"W&B: no login, writing offline to {folder}/wandb (--wandb false turns it off)", file=sys.stderr)
+    return WandbLogger(name=name, save_dir=folder, project="noisebench", offline=offline, id=identity, resume="allow")

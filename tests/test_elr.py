@@ -1,0 +1,224 @@
+"""ELR and ELR+: reference, property, gradient, parallel, resume. Recipes are run by test_recipes.py."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from callbacks.rng import RngState
+from datamodules.images import ImageData
+from datamodules.labels import Symmetric
+from datamodules.sources import ImageSets, ImageSource
+from lightning_modules import elr
+from lightning_modules.noisy_labels.targets import detection_metrics
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "elr.npz")
+"""Outputs of the official functions (shengliu66/ELR) on fixed inputs, float64."""
+
+
+def golden(name: str, dtype: torch.dtype = torch.float64) -> Tensor:
+    value = torch.from_numpy(GOLDEN[name])
+    return value.to(dtype) if value.is_floating_point() else value
+
+
+# 1. reference
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("case", ["a", "b"])
+def test_four_steps_equal_the_official_loss_gradient_and_targets(
+    case: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    lam, beta = float(GOLDEN[f"elr_{case}_lambda"]), float(GOLDEN[f"elr_{case}_beta"])
+    targets = torch.zeros(40, 10, dtype=dtype)
+    for step in range(4):
+        logits = golden(f"elr_{case}_logits", dtype)[step].clone().requires_grad_()
+        index, labels = golden(f"elr_{case}_index")[step], golden(f"elr_{case}_labels")[step]
+        targets[index] = elr.elr_targets(targets[index], logits, beta)
+        loss = elr.elr_loss(logits, labels, targets[index], lam)
+        loss.backward()
+        for ours, name in ((targets, "target"), (loss, "loss"), (logits.grad, "grad")):
+            expected = golden(f"elr_{case}_{name}", dtype)[step]
+            torch.testing.assert_close(ours.detach(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(("case", "classes"), [("c10", 10), ("c100", 100)])
+def test_four_steps_of_elr_plus_equal_the_official_code(
+    case: str, classes: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    lam, beta = float(GOLDEN[f"plus_{case}_lambda"]), float(GOLDEN[f"plus_{case}_beta"])
+    targets = torch.zeros(40, classes, dtype=dtype)
+    for step in range(4):
+        index, permutation = golden(f"plus_{case}_index")[step], golden(f"plus_{case}_mix_index")[step]
+        targets[index] = elr.elr_plus_targets(targets[index], golden(f"plus_{case}_ema_logits", dtype)[step], beta)
+        mixed = elr.mixup(targets[index], float(GOLDEN[f"plus_{case}_mix_l"][step]), permutation)
+        ramp = elr.sigmoid_ramp(int(GOLDEN[f"plus_{case}_iter"][step]), int(GOLDEN[f"plus_{case}_coef_step"]))
+        logits = golden(f"plus_{case}_logits", dtype)[step].clone().requires_grad_()
+        labels = golden(f"plus_{case}_y", dtype)[step]
+        loss = elr.elr_plus_loss(logits, labels, mixed, lam * ramp, label_reweight=classes == 100)
+        loss.backward()
+        history = targets if classes == 10 else targets[index]
+        for ours, name in ((mixed, "q"), (loss, "loss"), (logits.grad, "grad"), (history, "hist")):
+            expected = golden(f"plus_{case}_{name}", dtype)[step]
+            torch.testing.assert_close(ours.detach(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_ramp_equals_the_official_values() -> None:
+    ours = [elr.sigmoid_ramp(int(step), int(GOLDEN["ramp_len"])) for step in GOLDEN["ramp_current"]]
+    np.testing.assert_allclose(ours, GOLDEN["ramp_value"], rtol=1e-12)
+    assert elr.sigmoid_ramp(7, 0) == GOLDEN["ramp_zero_len"]
+
+
+@pytest.mark.parametrize(("case", "ramp_steps"), [("ramp", 40000), ("warm", None)])
+def test_weight_average_equals_the_official_values(case: str, ramp_steps: int | None) -> None:
+    average = golden(f"ema_{case}_init")
+    for step, weight, expected in zip(
+        GOLDEN[f"ema_{case}_step"], golden(f"ema_{case}_w"), golden(f"ema_{case}_out"), strict=True
+    ):
+        decay = elr.ema_decay(int(step), float(GOLDEN[f"ema_{case}_alpha"]), ramp_steps)
+        average = torch.lerp(average, weight, 1 - decay)
+        torch.testing.assert_close(average, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("values", "expected"), [("mix_x", "mix_xo"), ("mix_y", "mix_yo")])
+def test_mixup_equals_the_official_values(values: str, expected: str) -> None:
+    ours = elr.mixup(golden(values), float(GOLDEN["mix_l"]), golden("mix_perm"))
+    torch.testing.assert_close(ours, golden(expected), rtol=1e-12, atol=1e-12)
+
+
+# 2. property
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+    targets = torch.rand(6, 4, generator=generator, dtype=torch.float64).softmax(1)
+    return logits, torch.tensor([0, 1, 2, 3, 0, 1]), targets
+
+
+def test_lam_zero_is_cross_entropy(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, labels, targets = batch
+    torch.testing.assert_close(
+        elr.elr_loss(logits, labels, targets, lam=0.0), nn.functional.cross_entropy(logits, labels), rtol=0, atol=0
+    )
+
+
+def test_permuting_the_batch_keeps_the_loss(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, labels, targets = batch
+    order = torch.tensor([3, 1, 5, 0, 2, 4])
+    torch.testing.assert_close(
+        elr.elr_loss(logits[order], labels[order], targets[order], 3.0), elr.elr_loss(logits, labels, targets, 3.0)
+    )
+
+
+def test_rows_of_the_targets_sum_to_one_minus_beta_to_the_visits(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    rows = torch.zeros(6, 4, dtype=torch.float64)
+    for _ in range(3):
+        rows = elr.elr_targets(rows, batch[0], beta=0.7)
+    torch.testing.assert_close(rows.sum(1), torch.full((6,), 1 - 0.7**3, dtype=torch.float64))
+
+
+def test_lowest_regulariser_is_the_papers() -> None:
+    """Confident and converged: log(9.99e-4) = -6.91 for 10 classes, -4.62 for 100 (spec of the official code)."""
+    for classes, lowest in ((10, -6.91), (100, -4.62)):
+        logits = 50 * torch.eye(classes, dtype=torch.float64)
+        targets = elr.elr_targets(torch.zeros_like(logits), logits, beta=0.0)
+        assert float(elr.elr_regularizer(logits, targets)) == pytest.approx(lowest, abs=5e-3)
+
+
+def test_bf16_logits_give_a_finite_regulariser() -> None:
+    logits = 50 * torch.eye(10, dtype=torch.bfloat16)
+    targets = elr.elr_targets(torch.zeros(10, 10), logits, beta=0.0)
+    assert float(elr.elr_regularizer(logits, targets)) == pytest.approx(-6.91, abs=5e-3)
+
+
+def test_reweighting_keeps_a_zero_row_where_the_targets_vanish_on_both_labels() -> None:
+    labels = torch.tensor([[0.5, 0.5, 0.0], [0.7, 0.3, 0.0]])
+    targets = torch.tensor([[0.0, 0.0, 0.9], [0.2, 0.6, 0.1]])
+    expected = torch.tensor([[0.0, 0.0, 0.0], [0.14 / 0.32, 0.18 / 0.32, 0.0]])
+    torch.testing.assert_close(elr.reweighted_labels(labels, targets), expected)
+
+
+def test_targets_of_another_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"shape of logits \(2, 3\), got \(2, 4\)"):
+        elr.elr_loss(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), torch.zeros(2, 4), 3.0)
+
+
+def test_detection_counts_only_visited_rows() -> None:
+    targets = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.0, 0.0], [0.3, 0.7]])
+    label, clean = torch.tensor([0, 0, 1, 1, 0]), torch.tensor([0, 1, 1, 0, 0])
+    found = {name: float(value) for name, value in detection_metrics(targets, label, clean).items()}
+    # visited: 0 (right, not flagged), 1 (wrong, flagged), 2 (right, flagged), 4 (right, flagged)
+    assert found == {"target/acc": 0.5, "detect/precision": pytest.approx(1 / 3), "detect/recall": 1.0}
+
+
+def test_theory_setting_separates_elr_from_cross_entropy() -> None:
+    """Two Gaussians, 40 % flipped labels, linear softmax, full batch: predicate of the paper's theory setting."""
+    final = {lam: _two_gaussians(lam) for lam in (0.0, 3.0)}
+    assert final[3.0]["test"] >= 0.97
+    assert final[3.0]["memorized"] <= 0.05
+    assert final[0.0]["test"] <= 0.75
+    assert final[0.0]["memorized"] >= 0.8
+
+
+def _two_gaussians(lam: float) -> dict[str, float]:
+    generator = torch.Generator().manual_seed(0)
+    n, dim, sigma = 125, 100, 0.1
+
+    def sample(count: int) -> tuple[Tensor, Tensor]:
+        label = torch.arange(count) % 2
+        noise = sigma * torch.randn(count, dim, generator=generator, dtype=torch.float64)
+        noise[:, 0] += 2 * label - 1
+        return noise, label
+
+    (x, clean), (x_test, y_test) = sample(n), sample(2000)
+    noisy = clean.clone()
+    flipped = torch.randperm(n, generator=generator)[: int(0.4 * n)]
+    noisy[flipped] = 1 - noisy[flipped]
+    weight = (0.01 * torch.randn(dim, 2, generator=generator, dtype=torch.float64)).requires_grad_()
+    targets = torch.zeros(n, 2, dtype=torch.float64)
+    for _ in range(2000):
+        logits = x @ weight
+        targets = elr.elr_targets(targets, logits, beta=0.9)
+        (gradient,) = torch.autograd.grad(elr.elr_loss(logits, noisy, targets, lam), weight)
+        weight.data -= 0.5 * gradient
+    predicted = (x @ weight).argmax(1)
+    return {
+        "memorized": float((predicted == noisy)[flipped].double().mean()),
+        "test": float(((x_test @ weight).argmax(1) == y_test).double().mean()),
+    }
+
+
+# 3. gradient
+
+
+def test_gradient_of_the_regulariser_is_the_closed_form(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    """g_c = p_c / (1 - <p, t>) * sum_k (t_k - t_c) p_k inside the clamp (arXiv 2007.00151, Lemma on the gradient)."""
+    logits, _, targets = batch
+    logits.requires_grad_()
+    (ours,) = torch.autograd.grad(elr.elr_regularizer(logits, targets), logits)
+    p = logits.detach().softmax(1)
+    inner = (p * targets).sum(1, keepdim=True)
+    closed = p / (1 - inner) * (inner - targets) / len(p)
+    torch.testing.assert_close(ours, closed, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", [elr.elr_regularizer, elr.kl_regularizer])
+def test_gradcheck(loss, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, _, targets = batch
+    assert torch.autograd.gradcheck(lambda z: loss(z, targets), logits.requires_grad_())
+
+
+def test_no_gradient_flows_into_the_targets(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, labels, targets = batch
+    targets.requires_grad_()
+    loss = elr.elr_loss(logits.requires_grad_(), labels, elr.elr_targets(targets, logits, 0.7), 3.0)
+    assert torch.autograd.grad(loss, targets, allow_unused=True) == (None,)
