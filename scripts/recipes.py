@@ -45,7 +45,7 @@ def find_recipe(name: str) -> Path:
     packaged = ROOT / f"{short}.yaml"
     if packaged.is_file():
         return packaged
-    known = [recipe_name(path) for slug in sorted(p.name for p in ROOT.iterdir()) for path in recipe_files(slug)]
+    known = [recipe_name(path) for slug in papers() for path in recipe_files(slug)]
     close = difflib.get_close_matches(short, known, n=5, cutoff=0.4)
     hint = f"did you mean {', '.join(close)}?" if close else "`noisebench list` shows all"
     raise UserError(f"no recipe {name!r}: neither a file here nor one of the {len(known)} recipes; {hint}")
