@@ -40,7 +40,7 @@ class FieldDataset(Dataset):
         indirect: tuple[str, ...] = (),
         extra: Mapping[str, Any] | None = None,
     ) -> None:
-        self.fields = dict(fields)
+        self.fields: dict[str, Any] = dict(fields)
         self.rows_of = rows_of
         self.indirect = indirect
         self.extra = dict(extra or {})
@@ -93,6 +93,9 @@ class BatchOrder(Sampler[Tensor]):
         shuffle: False keeps the stored order (evaluation).
         num_passes: passes over the examples per epoch, each in its own order; pass p counts from `p * num_examples`.
         rank, num_replicas: position among the data-parallel processes.
+        classes: (n,) int64 labels; with `num_batches` an epoch is a class-balanced subset, drawn anew each time, of at
+            most `num_batches * batch_size / C` examples of each of the C classes.
+        num_batches: batches per pass of a class-balanced epoch.
 
     Raises:
         ValueError: the batch does not divide by the number of replicas.
@@ -106,6 +109,8 @@ class BatchOrder(Sampler[Tensor]):
         num_passes: int = 1,
         rank: int = 0,
         num_replicas: int = 1,
+        classes: Tensor | None = None,
+        num_batches: int | None = None,
     ) -> None:
         if batch_size < 1 or batch_size % num_replicas:
             raise ValueError(
@@ -118,6 +123,13 @@ class BatchOrder(Sampler[Tensor]):
         self.num_passes = num_passes
         self.rank = rank
         self.num_replicas = num_replicas
+        self.classes = classes
+        self.per_class: int | None = None
+        self._drawn = num_examples
+        if classes is not None and num_batches is not None:
+            counts = classes.bincount()
+            self.per_class = num_batches * batch_size // len(counts)
+            self._drawn = int(counts.clamp(max=self.per_class).sum())
         self.epoch = 0
         self.skip = 0
 
@@ -126,7 +138,7 @@ class BatchOrder(Sampler[Tensor]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.num_passes * -(-self.num_examples // self.batch_size)
+        return self.num_passes * -(-self._drawn // self.batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
         skip, self.skip = self.skip, 0
@@ -137,11 +149,20 @@ class BatchOrder(Sampler[Tensor]):
 
     def _global_batches(self) -> Iterator[Tensor]:
         for number in range(self.num_passes):
-            order = torch.arange(self.num_examples)
-            if self.shuffle:
-                generator = make_generator(f"order/{self.epoch}/{number}")
-                order = torch.randperm(self.num_examples, generator=generator)
-            yield from (order + number * self.num_examples).split(self.batch_size)
+            yield from (self._order(number) + number * self.num_examples).split(self.batch_size)
+
+    def _order(self, number: int) -> Tensor:
+        if not self.shuffle:
+            return torch.arange(self.num_examples)
+        generator = make_generator(f"order/{self.epoch}/{number}")
+        order = torch.randperm(self.num_examples, generator=generator)
+        if self.classes is None or self.per_class is None:
+            return order
+        by_class = order[self.classes[order].argsort(stable=True)]
+        counts = self.classes.bincount()
+        first = (counts.cumsum(0) - counts)[self.classes[by_class]]
+        drawn = by_class[torch.arange(self.num_examples) - first < self.per_class]
+        return drawn[torch.randperm(len(drawn), generator=generator)]
 
 
 def loader(dataset: Dataset, order: BatchOrder, num_workers: int = 0, pin_memory: bool = False) -> DataLoader:

@@ -1,7 +1,7 @@
 """Label noise: pure functions that draw in the official order, and the classes that recipes name.
 
-Draws come from NumPy's legacy `RandomState`, as in the official loaders of ELR (shengliu66/ELR); given the same seed the
-noisy labels are equal to theirs, integer for integer.
+Draws come from NumPy's legacy `RandomState`, as in the official loaders of ELR (shengliu66/ELR); given the same seed
+the noisy labels are equal to theirs, integer for integer.
 """
 
 from abc import ABC, abstractmethod

@@ -22,7 +22,7 @@ class ImageSets:
     """Images of a data set.
 
     Attributes:
-        train_images, test_images: (N, C, H, W) uint8 tensors, or `ImageFiles` decoded on demand.
+        train_images, test_images: (N, C, H, W) uint8 tensors, or `photo_folders.ImageFiles` decoded on demand.
         train_labels, test_labels: (N,) int64.
         num_classes: number of classes.
         val_images, val_labels: an official validation set, where there is one.
@@ -59,11 +59,9 @@ class EmbeddedSample(ImageSource):
 
     def read(self) -> ImageSets:
         """As in `ImageSource`."""
-        with _explained(
-            EMBEDDED, "the embedded sample; reinstall noisebench or run `python -m datamodules.sample.make`"
-        ):
-            with np.load(EMBEDDED) as arrays:
-                data = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        expected = "the embedded sample; reinstall noisebench or run `python -m datamodules.sample.make`"
+        with explained(EMBEDDED, expected), np.load(EMBEDDED) as arrays:
+            data = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         return ImageSets(
             data["train_images"][:, None],
             data["train_labels"].long(),
@@ -123,7 +121,7 @@ class CIFAR(ImageSource):
         import torchvision
 
         kind = torchvision.datasets.CIFAR10 if self.num_classes == 10 else torchvision.datasets.CIFAR100
-        with _explained(
+        with explained(
             folder, "torchvision's CIFAR files; torchvision.datasets.CIFAR10(root, download=True) gets them"
         ):
             train, test = (kind(self.root, train=part) for part in (True, False))
@@ -195,13 +193,13 @@ class LocalImages(ImageSource):
 
         root = Path(self.root)
         expected = "files *train*.parquet and *test*.parquet (or .arrow), or folders train/<class>/ and test/<class>/"
-        with _explained(root, expected):
+        with explained(root, expected):
             entries = sorted(root.iterdir())
         kind, files = _local_files(entries)
         if not files["train"] or not files["test"]:
             found = ", ".join(e.name for e in entries[:8]) or "nothing"
             raise FileNotFoundError(f"data.source.root: {root} must hold {expected}; found {found}")
-        with _explained(root, expected):
+        with explained(root, expected):
             if kind == "imagefolder":
                 both = [datasets.load_dataset(kind, data_dir=str(root / p), split="train") for p in ("train", "test")]
                 return _from_datasets(both[0], both[1], self.root, "image", "label", self.size)
@@ -209,89 +207,7 @@ class LocalImages(ImageSource):
         return _from_datasets(both[0], both[1], self.root, self.image, self.label, self.size)
 
 
-class ImageFiles:
-    """Picture files decoded when a batch asks for them: (B, 3, size, size) uint8, shorter side resized, centre cut.
-
-    Args:
-        paths: one file per row.
-        size: edge length in pixels.
-    """
-
-    def __init__(self, paths: list[Path], size: int) -> None:
-        self.paths = np.array([str(p) for p in paths])
-        self.size = size
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, rows: Tensor) -> Tensor:
-        return torch.stack([_read_picture(path, self.size) for path in self.paths[rows.numpy()]])
-
-
-class Clothing1M(ImageSource):
-    """Clothing1M: 1M noisy training images, 14k clean validation and 10k clean test images of 14 classes.
-
-    Args:
-        root: folder with `noisy_train_key_list.txt`, `clean_val_key_list.txt`, `clean_test_key_list.txt`,
-            `noisy_label_kv.txt`, `clean_label_kv.txt` and the pictures that the lists name.
-        size: pictures are resized to this many pixels (paper: 256).
-    """
-
-    def __init__(self, root: str, size: int = 256) -> None:
-        self.root = root
-        self.size = size
-
-    def read(self) -> ImageSets:
-        """As in `ImageSource`; pictures are decoded on demand."""
-        root = Path(self.root)
-        pairs = {}
-        for part, table in (("noisy_train", "noisy"), ("clean_val", "clean"), ("clean_test", "clean")):
-            with _explained(root / f"{part}_key_list.txt", "a list of Clothing1M (one picture path a line)"):
-                keys = (root / f"{part}_key_list.txt").read_text().split()
-            with _explained(root / f"{table}_label_kv.txt", "labels of Clothing1M (`path class` a line)"):
-                rows = (line.split() for line in (root / f"{table}_label_kv.txt").read_text().splitlines())
-                labels = {path: int(label) for path, label in rows}
-                pairs[part] = ([root / key for key in keys], torch.tensor([labels[key] for key in keys]))
-        return _file_sets(pairs["noisy_train"], pairs["clean_test"], pairs["clean_val"], 14, self.size)
-
-
-class WebVision(ImageSource):
-    """Mini-WebVision: the Google part of the first classes of WebVision 1.0; tested on its validation set.
-
-    Args:
-        root: folder with `info/train_filelist_google.txt`, `info/val_filelist.txt`, `google/`, `val_images_256/`.
-        num_classes: the first classes are kept (paper: 50).
-        size: pictures are resized to this many pixels (official code: 256, crops of 227).
-        imagenet_val: folder `<class number>/*` of ILSVRC12 validation pictures to test on instead.
-    """
-
-    def __init__(self, root: str, num_classes: int = 50, size: int = 256, imagenet_val: str | None = None) -> None:
-        self.root = root
-        self.num_classes = num_classes
-        self.size = size
-        self.imagenet_val = imagenet_val
-
-    def read(self) -> ImageSets:
-        """As in `ImageSource`; pictures are decoded on demand."""
-        train = self._list("info/train_filelist_google.txt", "")
-        test = self._list("info/val_filelist.txt", "val_images_256")
-        if self.imagenet_val is not None:
-            folder = Path(self.imagenet_val)
-            with _explained(folder, "folders 0, 1, ... of ILSVRC12 validation pictures"):
-                files = [(f, int(d.name)) for d in folder.iterdir() for f in sorted(d.iterdir())]
-            files = [(path, label) for path, label in files if label < self.num_classes]
-            test = [path for path, _ in files], torch.tensor([label for _, label in files])
-        return _file_sets(train, test, None, self.num_classes, self.size)
-
-    def _list(self, name: str, folder: str) -> tuple[list[Path], Tensor]:
-        root = Path(self.root)
-        with _explained(root / name, "a file list of WebVision 1.0 (`path class` a line)"):
-            rows = [line.split() for line in (root / name).read_text().splitlines()]
-            kept = [(root / folder / path, int(label)) for path, label in rows if int(label) < self.num_classes]
-        return [path for path, _ in kept], torch.tensor([label for _, label in kept])
-
-
-class _explained:
+class explained:
     """Turns whatever goes wrong while reading `path` into one error that says what was expected there."""
 
     def __init__(self, path: Path, expected: str) -> None:
@@ -315,7 +231,7 @@ class _explained:
 def _read_idx(root: Path, name: str) -> np.ndarray:
     candidates = [root / f"{name}.gz", root / name]
     path = next((c for c in candidates if c.exists()), candidates[0])
-    with _explained(path, "an idx file of Fashion-MNIST; Debian's package dataset-fashion-mnist has it"):
+    with explained(path, "an idx file of Fashion-MNIST; Debian's package dataset-fashion-mnist has it"):
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         shape = tuple(np.frombuffer(data, ">i4", count=data[3], offset=4))
         # a copy, since a tensor over a read-only buffer is not safe
@@ -340,14 +256,14 @@ def _from_datasets(train: Any, test: Any, name: str, image: str, label: str, siz
             if column not in part.column_names:
                 raise ValueError(f"data.source: {name} has no column {column!r}; it has {', '.join(part.column_names)}")
     labels = [torch.as_tensor(part.with_format("numpy")[label][:], dtype=torch.int64) for part in (train, test)]
-    with _explained(Path(name), f"pictures in column {image!r}"):
+    with explained(Path(name), f"pictures in column {image!r}"):
         images = [_decode_all(part.cast_column(image, datasets.Image())[image], size) for part in (train, test)]
     num_classes = int(max(part.max() for part in labels)) + 1
     return ImageSets(images[0], labels[0], images[1], labels[1], num_classes)
 
 
 def _decode_all(pictures: Any, size: int | None) -> Tensor:
-    arrays = [np.asarray(_fit(picture, size)) for picture in pictures]
+    arrays = [np.asarray(fit_picture(picture, size)) for picture in pictures]
     shapes = {array.shape for array in arrays}
     if len(shapes) != 1:
         raise ValueError(
@@ -357,7 +273,8 @@ def _decode_all(pictures: Any, size: int | None) -> Tensor:
     return stacked[:, None] if stacked.ndim == 3 else stacked.permute(0, 3, 1, 2).contiguous()
 
 
-def _fit(picture: Any, size: int | None) -> Any:
+def fit_picture(picture: Any, size: int | None) -> Any:
+    """A PIL picture as grey or RGB; with `size` (pixels) its shorter side is resized and the centre square is cut."""
     if picture.mode not in ("L", "RGB"):
         picture = picture.convert("RGB")
     if size is None:
@@ -365,23 +282,3 @@ def _fit(picture: Any, size: int | None) -> Any:
     from PIL import Image, ImageOps
 
     return ImageOps.fit(picture, (size, size), method=Image.Resampling.BILINEAR)
-
-
-def _read_picture(path: str, size: int) -> Tensor:
-    from PIL import Image
-
-    with Image.open(path) as picture:
-        return torch.from_numpy(np.array(_fit(picture.convert("RGB"), size))).permute(2, 0, 1)
-
-
-def _file_sets(
-    train: tuple[list[Path], Tensor],
-    test: tuple[list[Path], Tensor],
-    val: tuple[list[Path], Tensor] | None,
-    num_classes: int,
-    size: int,
-) -> ImageSets:
-    val_images, val_labels = (None, None) if val is None else (ImageFiles(val[0], size), val[1])
-    return ImageSets(
-        ImageFiles(train[0], size), train[1], ImageFiles(test[0], size), test[1], num_classes, val_images, val_labels
-    )

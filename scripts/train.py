@@ -4,6 +4,7 @@ import os
 import shlex
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,46 +15,22 @@ import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks.nonfinite import StopOnNonFiniteLoss
 from callbacks.rng import RngState
 from callbacks.run_record import RunRecord
 from scripts import provenance, recipes
+from scripts.checkpoints import differences, flat, is_location, last_checkpoint, read_checkpoint_facts
 from scripts.code_hash import code_hash
 from scripts.errors import UserError
+from scripts.options import split_config_options, without_options
 
 PRINTING = ("enable_progress_bar", "enable_model_summary")
 WHERE_AND_HOW = ("accelerator", "devices", "num_nodes", "strategy", *PRINTING)
 """Trainer options that say where a run happens and what it prints, not what it computes."""
 HOUSEKEEPING = ("ckpt_path", "runs", "overwrite", "wandb")
 NOT_SETTINGS = ("seed_everything", *HOUSEKEEPING, "weights_only", "verbose", "return_predictions", "model_summary")
-
-
-def split_config_options(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The values of all `--config X`, `--config=X`, `-c X`, and the other arguments, both in order."""
-    names, rest, words = [], [], list(argv)
-    while words:
-        word = words.pop(0)
-        if word in ("--config", "-c"):
-            if not words:
-                raise UserError(f"{word} needs the name of a recipe, e.g. --config elr/mini-sym40")
-            names.append(words.pop(0))
-        elif word.startswith("--config="):
-            names.append(word.removeprefix("--config="))
-        else:
-            rest.append(word)
-    return names, rest
-
-
-def without_options(words: list[str], names: tuple[str, ...]) -> list[str]:
-    """Command-line words without the options of these names (`--name value` or `--name=value`)."""
-    free, kept, take = {f"--{name}" for name in names}, [], True
-    for word in words:
-        if word.startswith("--"):
-            take = word.split("=")[0] not in free
-        if take:
-            kept.append(word)
-    return kept
 
 
 def settings(config: dict[str, Any]) -> dict[str, Any]:
@@ -65,6 +42,7 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
         if key not in (*WHERE_AND_HOW, "logger", "default_root_dir", "enable_checkpointing")
     }
     kept["checkpoint"] = {key: value for key, value in config["checkpoint"].items() if key != "dirpath"}
+    kept["data"] = {key: value for key, value in flat(config.get("data") or {}).items() if not is_location(key)}
     return kept
 
 
@@ -102,6 +80,12 @@ class RecipeCLI(LightningCLI):
         for name in more_configs:
             documents += recipes.expand(recipes.find_recipe(name))
         options = [word for document in documents for word in ("--config", yaml.safe_dump(document, sort_keys=False))]
+        with warnings.catch_warnings():
+            # we pass `args` on purpose: recipes are already unfolded there
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+            self._start([verb, *options, *argv])
+
+    def _start(self, args: list[str]) -> None:
         strict = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             subclass_mode_model=True,
@@ -115,7 +99,7 @@ class RecipeCLI(LightningCLI):
                 "num_sanity_val_steps": 0,
                 "use_distributed_sampler": False,  # our loaders split the global batch themselves
             },
-            args=[verb, *options, *argv],
+            args=args,
         )
 
     @staticmethod
@@ -150,7 +134,10 @@ class RecipeCLI(LightningCLI):
         if not Path(path).exists():
             raise UserError(f"--ckpt_path: no checkpoint {path}")
         stored = read_checkpoint_facts(Path(path))
-        differing = differences(stored.get("config", {}), self._plain_config())
+        if not stored:
+            return
+        parts = ("model", "data") if self.verb == "fit" else ("model",)
+        differing = differences(stored.get("config", {}), self._plain_config(), parts)
         if differing:
             raise UserError(
                 f"--ckpt_path {path} was written with other settings: {'; '.join(differing)}. "
@@ -170,11 +157,13 @@ class RecipeCLI(LightningCLI):
             return
         config.checkpoint.dirpath = config.checkpoint.dirpath or str(self.folder / "checkpoints")
         config.trainer.default_root_dir = str(self.folder)
-        self._claim_folder()
+        self.ckpt_path = self._option("ckpt_path")
+        if rank_zero_only.rank in (None, 0):
+            self._claim_folder()
 
     def _claim_folder(self) -> None:
+        """Decides between a new run and a resume; nothing already there is lost without --overwrite."""
         last = self.folder / "checkpoints" / "last.ckpt"
-        self.ckpt_path = self._option("ckpt_path")
         if self.resume:
             if last.exists() and read_checkpoint_facts(last).get("code_hash") == self.code_hash:
                 self.ckpt_path = str(last)
@@ -182,10 +171,10 @@ class RecipeCLI(LightningCLI):
                 _set_aside(self.folder)
         elif self._option("overwrite"):
             shutil.rmtree(self.folder, ignore_errors=True)
-        elif self.folder.exists() and self.ckpt_path is None:
-            done = "is finished" if (self.folder / "record.json").exists() else "was begun"
-            how = f"--ckpt_path {last} continues it, " if last.exists() else ""
-            raise UserError(f"this run {done} in {self.folder}; {how}--overwrite true starts anew")
+        elif last.exists() and self.ckpt_path is None:
+            raise UserError(
+                f"{self.folder} holds this run already; --ckpt_path {last} continues it, --overwrite true starts anew"
+            )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -204,16 +193,9 @@ class RecipeCLI(LightningCLI):
         if self.verb == "fit":
             savers = [c for c in trainer.callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None]
             others = [c for c in trainer.callbacks if not isinstance(c, ModelCheckpoint)]
-            record, last = RunRecord(self.folder, facts), last_checkpoint(self.folder / "checkpoints")
-            trainer.callbacks = [
-                *others,
-                *self.extra_callbacks,
-                RngState(),
-                StopOnNonFiniteLoss(),
-                record,
-                *savers,
-                last,
-            ]
+            always = [RngState(), StopOnNonFiniteLoss(), RunRecord(self.folder, facts)]
+            last = last_checkpoint(self.folder / "checkpoints")
+            trainer.callbacks = [*others, *self.extra_callbacks, *always, *savers, last]
         return trainer
 
     def _facts(self) -> dict[str, Any]:
@@ -229,7 +211,7 @@ class RecipeCLI(LightningCLI):
             "recipe": recipe,
             "recipe_hash": None if self.recipe is None else recipes.recipe_hash(self.recipe),
             "overrides": self.overrides,
-            "config": self.plain,
+            "config": {key: value for key, value in self.plain.items() if key not in HOUSEKEEPING},
             "config_hash": self.config_hash,
             "code_hash": self.code_hash,
             "git": provenance.git_state(),
@@ -246,33 +228,6 @@ class RecipeCLI(LightningCLI):
         config: Namespace = self.config[self.verb].clone()
         config.pop("config", None)
         return yaml.safe_load(self._parser(self.verb).dump(config, skip_none=False, skip_validation=True))
-
-
-def last_checkpoint(folder: Path) -> ModelCheckpoint:
-    """Saves `last.ckpt` at the end of every epoch; ModelCheckpoint's `save_last` does so only with a new best one."""
-    return ModelCheckpoint(folder, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
-
-
-def differences(stored: dict[str, Any], given: dict[str, Any]) -> list[str]:
-    """`key: stored -> given` for each model or data setting that differs; locations of data do not count."""
-    old, new = (_flat({key: config.get(key) for key in ("model", "data")}) for config in (stored, given))
-    keys = sorted(old.keys() | new.keys())
-    lines = [(key, old.get(key), new.get(key)) for key in keys if key.split(".")[-1] not in ("root", "num_workers")]
-    return [f"{key.replace('.init_args', '')}: {was!r} -> {now!r}" for key, was, now in lines if was != now]
-
-
-def read_checkpoint_facts(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of the run that wrote it; empty for one that noisebench did not write.
-
-    Raises:
-        UserError: not a checkpoint.
-    """
-    try:
-        # a sharded checkpoint is a folder; this file holds what is not a shard of a tensor
-        file = path / "meta.pt" if path.is_dir() else path
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True).get("noisebench", {})
-    except Exception as error:
-        raise UserError(f"--ckpt_path: {path} is not a readable checkpoint: {error}".splitlines()[0]) from error
 
 
 def run(verb: str, argv: list[str], extra_callbacks: tuple[Callback, ...] = (), resume: bool = False) -> RecipeCLI:
@@ -299,12 +254,6 @@ def explained(action: Callable[[], Any], recipe: str) -> Any:
             raise
         hint = f"(recipe {recipe}; NOISEBENCH_TRACEBACK=1 shows where)" if recipe else ""
         raise UserError(f"{error} {hint}".strip()) from error
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}".lstrip(".")).items()}
 
 
 def _set_aside(folder: Path) -> None:

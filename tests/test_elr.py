@@ -1,20 +1,12 @@
 """ELR and ELR+: reference, property, gradient, parallel, resume. Recipes are run by test_recipes.py."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from callbacks.rng import RngState
-from datamodules.images import ImageData
-from datamodules.labels import Symmetric
-from datamodules.sources import ImageSets, ImageSource
 from lightning_modules import elr
 from lightning_modules.noisy_labels.targets import detection_metrics
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from callbacks.files import write_atomic
 from callbacks.nonfinite import NonFiniteLossError, StopOnNonFiniteLoss
 from callbacks.run_record import RunRecord, summarize
-from scripts.train import last_checkpoint
+from scripts.checkpoints import last_checkpoint
 
 FACTS: dict[str, Any] = {"recipe": "toy/line", "config": {"model": {"lr": 0.1}}, "code_hash": "c0de", "seed": 0}
 

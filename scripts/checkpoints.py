@@ -1,0 +1,48 @@
+"""Checkpoints of a run: the one to resume from, and what it says of the run that wrote it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from scripts.errors import UserError
+
+
+def last_checkpoint(folder: Path) -> ModelCheckpoint:
+    """Saves `last.ckpt` at the end of every epoch; ModelCheckpoint's `save_last` does so only with a new best one."""
+    return ModelCheckpoint(folder, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
+
+
+def differences(stored: dict[str, Any], given: dict[str, Any], parts: tuple[str, ...]) -> list[str]:
+    """`key: stored -> given` for each setting of these parts that differs; locations of data do not count."""
+    old, new = (flat({part: config.get(part) for part in parts}) for config in (stored, given))
+    keys = sorted(old.keys() | new.keys())
+    lines = [(key, old.get(key), new.get(key)) for key in keys if not is_location(key)]
+    return [f"{key.replace('.init_args', '')}: {was!r} -> {now!r}" for key, was, now in lines if was != now]
+
+
+def read_checkpoint_facts(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of the run that wrote it; empty for one that noisebench did not write.
+
+    Raises:
+        UserError: not a checkpoint.
+    """
+    try:
+        # a sharded checkpoint is a folder; this file holds what is not a shard of a tensor
+        file = path / "meta.pt" if path.is_dir() else path
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True).get("noisebench", {})
+    except Exception as error:
+        raise UserError(f"--ckpt_path: {path} is not a readable checkpoint: {error}".splitlines()[0]) from error
+
+
+def is_location(key: str) -> bool:
+    """Whether a dotted key says where data lie or how they are fetched, and so changes no result."""
+    return key.split(".")[-1] in ("root", "num_workers")
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one mapping with dotted keys."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}.{key}".lstrip(".")).items()}
