@@ -83,7 +83,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: unreadable, broken YAML, or not a mapping.
     """
     try:
-        document = yaml.safe_load(path.read_text())
+        # the C parser reads ten times as fast, where PyYAML was built with it
+        document = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     if not isinstance(document, dict):

@@ -158,7 +158,7 @@ class RecipeCLI(LightningCLI):
         config.checkpoint.dirpath = config.checkpoint.dirpath or str(self.folder / "checkpoints")
         config.trainer.default_root_dir = str(self.folder)
         self.ckpt_path = self._option("ckpt_path")
-        if rank_zero_only.rank in (None, 0):
+        if getattr(rank_zero_only, "rank", 0) in (None, 0):
             self._claim_folder()
 
     def _claim_folder(self) -> None:
