@@ -1,8 +1,13 @@
 """The command `noisebench`: chooses the verb; nothing heavy is imported before that."""
 
+import difflib
+import importlib
 import sys
 
 from scripts.errors import UserError
+
+LIGHTNING_VERBS = ("fit", "validate", "test", "predict")
+MODULES = {"list": "scripts.listing", "reproduce": "scripts.reproduce", "leaderboard": "scripts.leaderboard"}
 
 HELP = """usage: noisebench VERB ...
 
@@ -46,29 +51,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _dispatch(name: str, rest: list[str]) -> int:
-    if name in ("fit", "validate", "test", "predict"):
-        from scripts import train
-
-        return train.verb(name, rest)
-    if name == "list":
-        from scripts import listing
-
-        return listing.verb(rest)
-    if name == "leaderboard":
-        from scripts import leaderboard
-
-        return leaderboard.verb(rest)
-    if name == "reproduce":
-        from scripts import reproduce
-
-        return reproduce.verb(rest)
-    import difflib
-
-    close = difflib.get_close_matches(
-        name, ["list", "reproduce", "fit", "validate", "test", "predict", "leaderboard"], n=1
-    )
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise UserError(f"no such verb{hint} `noisebench --help` lists them")
+    if name in LIGHTNING_VERBS:
+        return int(importlib.import_module("scripts.train").verb(name, rest))
+    if name in MODULES:
+        return int(importlib.import_module(MODULES[name]).verb(rest))
+    close = difflib.get_close_matches(name, [*MODULES, *LIGHTNING_VERBS], n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise UserError(f"no such verb; {hint}`noisebench --help` lists them")
 
 
 if __name__ == "__main__":

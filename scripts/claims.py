@@ -1,66 +1,76 @@
-"""Claims as `recipes/<paper>/claims.yaml` states them. Imports no torch."""
+"""What a paper claims, as predicates read from `recipes/<slug>/claims.yaml`. Imports no torch."""
 
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 from scripts import recipes
 from scripts.errors import UserError
 
+PAPER_KEYS = ("title", "arxiv", "venue")
+REQUIRED = ("id", "text", "scale", "treatment", "metric", "direction", "seeds")
+OPTIONAL = ("control", "control_metric", "margin", "threshold", "paper", "extra")
+
 
 @dataclass(frozen=True)
 class Claim:
-    """One checked sentence of a paper.
+    """One predicate: for each seed, the treatment's metric against its control's, or against a threshold.
 
-    Attributes:
+    Args:
         slug: the paper.
-        id, text: short name and the sentence.
+        id: unique within the paper.
+        text: the claim in words.
         scale: mini or paper.
-        treatment, control: recipes as `<slug>/<recipe>`; without a control the metric is held against `threshold`.
-        metric, control_metric: keys of the records' metrics; the control's defaults to the treatment's.
-        direction: greater or less.
-        margin, threshold: in the metric's unit.
-        seeds: seeds of both arms, paired.
-        paper: the paper's numbers and where they stand.
-        extra: only run when named, or with `--claim all`.
+        treatment: file name of the recipe, in the paper's folder.
+        metric: key of a record's metrics.
+        direction: greater or less: what the claim says of the treatment.
+        seeds: at least two; a seed's treatment and control form a pair.
+        control: file name of the control's recipe; None for a claim against `threshold`.
+        control_metric: metric of the control where it is another one.
+        margin: least effect asserted, in the metric's units; negative for "not worse by more than".
+        threshold: what the metric is held against where there is no control.
+        paper: the paper's own numbers (treatment, control, source), for the reader.
+        extra: run only when named or with `--claim all`.
     """
 
     slug: str
     id: str
     text: str
-    scale: str
+    scale: Literal["mini", "paper"]
     treatment: str
-    control: str | None
     metric: str
-    control_metric: str
-    direction: str
-    margin: float
-    threshold: float
+    direction: Literal["greater", "less"]
     seeds: tuple[int, ...]
-    paper: tuple[tuple[str, Any], ...] = ()
+    control: str | None = None
+    control_metric: str | None = None
+    margin: float = 0.0
+    threshold: float | None = None
+    paper: dict[str, Any] = field(default_factory=dict, hash=False)
     extra: bool = False
 
     @property
-    def sign(self) -> int:
-        """+1 where greater is claimed, -1 where less."""
-        return 1 if self.direction == "greater" else -1
+    def arms(self) -> list[tuple[str, str]]:
+        """(recipe as `<slug>/<name>`, metric) of the treatment and, where there is one, of the control."""
+        arms = [(self.treatment, self.metric)]
+        if self.control is not None:
+            arms.append((self.control, self.control_metric or self.metric))
+        return [(f"{self.slug}/{file.removesuffix('.yaml')}", metric) for file, metric in arms]
 
     def runs(self) -> list[tuple[str, int]]:
-        """(recipe, seed) of every run that the claim needs, pair by pair."""
-        arms = [self.treatment] + ([] if self.control is None else [self.control])
-        return [(recipe, seed) for seed in self.seeds for recipe in arms]
+        """(recipe, seed) of every run that the claim needs, a seed's pair side by side."""
+        return [(recipe, seed) for seed in self.seeds for recipe, _ in self.arms]
 
     def with_seeds(self, seeds: list[int]) -> "Claim":
-        """The same claim on other seeds."""
+        """The same claim for other seeds."""
         return dataclasses.replace(self, seeds=tuple(seeds))
 
 
 @dataclass(frozen=True)
 class Paper:
-    """A paper and its claims."""
+    """A paper and its claims, in the order of the file."""
 
     slug: str
     title: str
@@ -70,96 +80,104 @@ class Paper:
 
 
 def load_paper(slug: str) -> Paper:
-    """Reads and checks the claims of one paper.
+    """Reads and checks `recipes/<slug>/claims.yaml`.
 
     Raises:
-        UserError: names the file, the claim, the key, its value and what is accepted.
+        UserError: no such paper, or a value that the file may not have; names file, claim, key, value and the rule.
     """
     path = recipes.ROOT / slug / "claims.yaml"
+    if not path.is_file():
+        raise UserError(f"no paper {slug!r}: there is no {path}; papers: {', '.join(recipes.papers()) or 'none'}")
     document = recipes.read_yaml(path)
-    _known(f"{path}", document, {"paper", "claims"})
-    head, rows = document.get("paper"), document.get("claims")
-    if not isinstance(head, dict) or not isinstance(rows, list) or not rows:
-        raise UserError(f"{path} needs `paper:` (a mapping) and `claims:` (a list)")
-    _known(f"{path}: paper", head, {"title", "arxiv", "venue"})
-    claims = [_claim(slug, f"{path}: claim {number}", row) for number, row in enumerate(rows, 1)]
-    ids = [claim.id for claim in claims]
-    twice = sorted({name for name in ids if ids.count(name) > 1})
-    if twice:
-        raise UserError(f"{path}: id {twice[0]!r} stands for more than one claim")
-    text = {name: str(head.get(name, "")) for name in ("title", "arxiv", "venue")}
-    return Paper(slug, text["title"], text["arxiv"], text["venue"], tuple(claims))
+    _check_keys(str(path), document, ("paper", "claims"), ())
+    paper, claims = document["paper"], document["claims"]
+    if not isinstance(paper, dict):
+        raise _wrong(str(path), "paper", f"a mapping with {', '.join(PAPER_KEYS)}", paper)
+    _check_keys(f"{path}: paper", paper, PAPER_KEYS, ())
+    for key in PAPER_KEYS:
+        _check_text(f"{path}: paper", key, paper[key])
+    if not isinstance(claims, list) or not claims:
+        raise _wrong(str(path), "claims", "a list of at least one claim", claims)
+    found: dict[str, Claim] = {}
+    for number, entry in enumerate(claims, start=1):
+        claim = _claim(path, slug, number, entry)
+        if claim.id in found:
+            raise UserError(f"{path}: claim {claim.id!r}: id is used twice; each claim needs its own")
+        found[claim.id] = claim
+    return Paper(slug, paper["title"], paper["arxiv"], paper["venue"], tuple(found.values()))
 
 
-KEYS = {
-    "id", "text", "scale", "treatment", "control", "metric", "control_metric", "direction", "margin", "threshold",
-    "seeds", "paper", "extra",
-}  # fmt: skip
+def _claim(path: Path, slug: str, number: int, entry: Any) -> Claim:
+    place = f"{path}: claim number {number}"
+    if not isinstance(entry, dict):
+        raise UserError(f"{place} must be a mapping with {', '.join(REQUIRED)}, got {entry!r}")
+    if isinstance(entry.get("id"), str):
+        place = f"{path}: claim {entry['id']!r}"
+    _check_keys(place, entry, REQUIRED, OPTIONAL)
+    for key in ("id", "text", "metric", "control_metric"):
+        if key in entry:
+            _check_text(place, key, entry[key])
+    if entry["id"] == "all" or entry["id"].split() != [entry["id"]]:
+        raise _wrong(place, "id", "one word other than 'all' (`--claim` takes it)", entry["id"])
+    for key, choices in (("scale", ("mini", "paper")), ("direction", ("greater", "less"))):
+        if entry[key] not in choices:
+            raise _wrong(place, key, " or ".join(choices), entry[key])
+    for key in ("treatment", "control"):
+        if key in entry:
+            _check_recipe(place, slug, key, entry[key])
+    for key in ("margin", "threshold"):
+        if key in entry:
+            _check_number(place, key, entry[key])
+    _check_arms(place, entry)
+    seeds = entry["seeds"]
+    if not isinstance(seeds, list) or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        raise _wrong(place, "seeds", "a list of whole numbers, none below 0", seeds)
+    if len(seeds) < 2 or len(set(seeds)) < len(seeds):
+        raise _wrong(place, "seeds", "at least two, all different", seeds)
+    if not isinstance(entry.get("paper", {}), dict):
+        raise _wrong(place, "paper", "a mapping such as {treatment: 0.89, source: Table 1}", entry["paper"])
+    if not isinstance(entry.get("extra", False), bool):
+        raise _wrong(place, "extra", "true or false", entry["extra"])
+    return Claim(slug, **{**entry, "seeds": tuple(seeds)})
 
 
-def _claim(slug: str, place: str, row: Any) -> Claim:
-    if not isinstance(row, dict):
-        raise UserError(f"{place} must be a mapping, got {row!r}")
-    if isinstance(row.get("id"), str):
-        place = f"{place} ({row['id']})"
-    _known(place, row, KEYS)
-
-    def field(key: str, accepted: str, check: Callable[[Any], bool], default: Any = None) -> Any:
-        value = row.get(key, default)
-        if not check(value):
-            raise UserError(f"{place}: {key} must be {accepted}, got {value!r}")
-        return value
-
-    treatment, control = (_recipe(place, slug, key, row.get(key)) for key in ("treatment", "control"))
-    if treatment is None:
-        raise UserError(f"{place}: treatment is missing; give the file name of a recipe")
-    if (control is None) == ("threshold" not in row):
-        raise UserError(f"{place}: give either control or threshold")
-    if control is None and "control_metric" in row:
-        raise UserError(f"{place}: control_metric needs a control")
-    metric = field("metric", "the key of a metric", _is_text)
-    return Claim(
-        slug,
-        field("id", "a short name", _is_text),
-        field("text", "a sentence", _is_text),
-        field("scale", "mini or paper", lambda v: v in ("mini", "paper")),
-        treatment,
-        control,
-        metric,
-        field("control_metric", "the key of a metric", _is_text, metric),
-        field("direction", "greater or less", lambda v: v in ("greater", "less")),
-        float(field("margin", "a finite number", _is_number, 0.0)),
-        float(field("threshold", "a finite number", _is_number, 0.0)),
-        tuple(field("seeds", "a list of at least two different seeds >= 0", _are_seeds)),
-        tuple(field("paper", "a mapping", lambda v: isinstance(v, dict), {}).items()),
-        field("extra", "true or false", lambda v: isinstance(v, bool), False),
-    )
+def _check_arms(place: str, entry: dict[str, Any]) -> None:
+    """A control or a threshold, not both."""
+    if ("control" in entry) == ("threshold" in entry):
+        given = "both" if "control" in entry else "neither"
+        raise UserError(f"{place}: give either control (a recipe) or threshold (a number), got {given}")
+    if "control_metric" in entry and "control" not in entry:
+        raise UserError(f"{place}: control_metric needs a control, got {entry['control_metric']!r} alone")
 
 
-def _recipe(place: str, slug: str, key: str, name: Any) -> str | None:
-    if name is None:
-        return None
-    files = {path.name: path for path in recipes.recipe_files(slug)}
-    if name not in files:
-        close = difflib.get_close_matches(str(name), files, n=3) or sorted(files)[:3]
-        raise UserError(f"{place}: {key} names {name!r}, which is no recipe of {slug}; there is {', '.join(close)}")
-    return recipes.recipe_name(files[name])
-
-
-def _known(place: str, mapping: dict[str, Any], keys: set[str]) -> None:
+def _check_keys(place: str, mapping: dict[str, Any], required: tuple[str, ...], optional: tuple[str, ...]) -> None:
     for key in mapping:
-        if key not in keys:
-            raise UserError(f"{place}: key {key!r} is not known; accepted are {', '.join(sorted(keys))}")
+        if key not in (*required, *optional):
+            close = difflib.get_close_matches(str(key), (*required, *optional), n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise UserError(f"{place}: unknown key {key!r}; {hint}accepted: {', '.join((*required, *optional))}")
+    for key in required:
+        if key not in mapping:
+            raise UserError(f"{place}: key {key!r} is missing; required: {', '.join(required)}")
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+def _check_text(place: str, key: str, value: Any) -> None:
+    if not isinstance(value, str) or not value.strip():
+        raise _wrong(place, key, "text (in quotes if it looks like a number)", value)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _check_number(place: str, key: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise _wrong(place, key, "a finite number (YAML reads 1.0e-3 as one, 1e-3 not)", value)
 
 
-def _are_seeds(value: Any) -> bool:
-    whole = isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in value)
-    return whole and len(set(value)) == len(value) >= 2
+def _check_recipe(place: str, slug: str, key: str, value: Any) -> None:
+    names = [file.name for file in recipes.recipe_files(slug)]
+    if value not in names:
+        close = difflib.get_close_matches(str(value), names, n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else f"there are {len(names)} recipes"
+        raise _wrong(place, key, f"the file name of a recipe in {recipes.ROOT / slug}", value, hint)
+
+
+def _wrong(place: str, key: str, accepted: str, value: Any, hint: str = "") -> UserError:
+    return UserError(f"{place}: {key} must be {accepted}, got {value!r}{'; ' + hint if hint else ''}")

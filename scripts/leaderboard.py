@@ -12,8 +12,8 @@ from scripts.claims import Paper, load_paper
 from scripts.errors import UserError
 from scripts.records import ClaimResult, evaluate, read_records
 
-LEGEND = """Effect: mean over seeds of ±(treatment − control or threshold), with one-sided 95 % t bounds [L, U]; both are
-held against the margin.
+LEGEND = """Effect: mean over seeds of ±(treatment − control or threshold), with one-sided 95 % t bounds [L, U];
+both are held against the margin.
 
 - **reproduced**: all seeds finished and L is above the margin.
 - **not reproduced**: U is below it, or more than one treatment seed failed.

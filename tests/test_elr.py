@@ -1,12 +1,20 @@
 """ELR and ELR+: reference, property, gradient, parallel, resume. Recipes are run by test_recipes.py."""
 
-from pathlib import Path
+import subprocess
+import sys
+from pathlib import Path, os
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
+from synthetic import SyntheticImages
 from torch import Tensor, nn
 
+from callbacks.memorization import Memorization
+from callbacks.rng import RngState
+from datamodules.images import ImageData
+from datamodules.labels import Symmetric
 from lightning_modules import elr
 from lightning_modules.noisy_labels.targets import detection_metrics
 
@@ -214,3 +222,165 @@ def test_no_gradient_flows_into_the_targets(batch: tuple[Tensor, Tensor, Tensor]
     targets.requires_grad_()
     loss = elr.elr_loss(logits.requires_grad_(), labels, elr.elr_targets(targets, logits, 0.7), 3.0)
     assert torch.autograd.grad(loss, targets, allow_unused=True) == (None,)
+
+
+# 4. parallel
+
+
+SMALL = SyntheticImages(num_classes=4, channels=1, size=4, per_class=30)
+
+
+def linear() -> nn.Module:
+    # without batch norm, whose statistics are those of a rank's own batch
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def normed() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 4))
+
+
+def sgd(parameters) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+
+
+def step_lr(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.1)
+
+
+def fit(
+    module: L.LightningModule,
+    data: ImageData,
+    epochs: int,
+    ckpt: Path | None = None,
+    save: Path | None = None,
+    **options,
+) -> L.Trainer:
+    """Trains on the CPU and optionally saves a checkpoint."""
+    trainer = L.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        callbacks=[RngState(), Memorization()],
+        **options,
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt)
+    if save is not None:
+        trainer.save_checkpoint(save)
+    return trainer
+
+
+def parallel_run(out: Path, devices: int) -> None:
+    """Three epochs of ELR on `devices` processes, global batch 12; rank 0 writes weights, targets and metrics."""
+    L.seed_everything(3)
+    module = elr.ELR(linear, sgd, step_lr, lam=3.0, beta=0.7)
+    data = ImageData(SMALL, batch_size=12, val_fraction=0.2, noise=Symmetric(0.4))
+    options = {"devices": devices} | ({"strategy": "ddp"} if devices > 1 else {})
+    trainer = fit(module, data, epochs=3, save=out.with_suffix(".ckpt"), **options)
+    if trainer.is_global_zero:
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        torch.save({"weights": module.net.state_dict(), "targets": module.targets, "metrics": metrics}, out)
+
+
+@pytest.mark.distributed
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    parallel_run(tmp_path / "one.pt", 1)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    subprocess.run([*command, str(tmp_path / "two.pt")], check=True, env=environment, capture_output=True, timeout=120)
+    one, two = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "two"))
+    torch.testing.assert_close(two["weights"], one["weights"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(two["targets"], one["targets"], rtol=1e-5, atol=1e-6)
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-5)
+
+
+# 5. module and resume
+
+
+def elr_module() -> L.LightningModule:
+    return elr.ELR(normed, sgd, step_lr)
+
+
+def elr_plus_module() -> L.LightningModule:
+    return elr.ELRPlus(normed, sgd, step_lr, coef_step=10, ema_ramp_steps=20, label_reweight=True)
+
+
+def pictures(passes: int) -> ImageData:
+    noise = Symmetric(0.4)
+    return ImageData(SMALL, 16, val_fraction=0.2, noise=noise, passes=passes, crop=4, padding=1, flip=True)
+
+
+@pytest.mark.parametrize(("build", "passes"), [(elr_module, 1), (elr_plus_module, 2)])
+def test_three_epochs_equal_one_and_a_resume_of_two(build, passes: int, tmp_path: Path) -> None:
+    results = []
+    for parts in ([3], [1, 3]):
+        ckpt = None
+        for epochs in parts:
+            L.seed_everything(5)
+            module = build()
+            if ckpt is not None:
+                # the process that resumes has drawn other numbers before
+                torch.rand(7)
+                np.random.rand(7)
+            trainer = fit(module, pictures(passes), epochs, ckpt, save=tmp_path / f"{len(parts)}-{epochs}.ckpt")
+            ckpt = tmp_path / f"{len(parts)}-{epochs}.ckpt"
+        results.append((module, dict(trainer.callback_metrics)))
+    (whole, whole_metrics), (resumed, resumed_metrics) = results
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+    assert torch.equal(resumed.targets, whole.targets)
+    assert {k: float(v) for k, v in resumed_metrics.items()} == {k: float(v) for k, v in whole_metrics.items()}
+
+
+def test_step_updates_the_targets_before_the_loss() -> None:
+    L.seed_everything(5)
+    module, seen = elr_module(), {}
+    step = module.training_step
+
+    def spy(batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        out = step(batch, batch_idx)
+        rows = elr.elr_targets(torch.zeros(len(batch["index"]), 4), out["logits"], beta=0.7)
+        seen.update(loss=out["loss"], expected=elr.elr_loss(out["logits"], batch["label"], rows, lam=3.0))
+        return out
+
+    module.training_step = spy
+    fit(module, pictures(1), epochs=1, limit_train_batches=1)
+    torch.testing.assert_close(seen["loss"], seen["expected"])
+
+
+def test_elr_plus_trains_one_net_per_pass_and_moves_its_average_only() -> None:
+    L.seed_everything(5)
+    module = elr_plus_module()
+    before = {name: value.clone() for name, value in module.named_parameters()}
+    steps = 96 // 16
+    fit(module, pictures(2), epochs=1, limit_train_batches=steps)
+    changed = {
+        name.rsplit(".", 2)[0] for name, value in module.named_parameters() if not torch.equal(value, before[name])
+    }
+    assert {name[: len("averages.0")].rstrip(".") for name in changed} == {"nets.0", "averages.0"}
+
+
+def test_elr_plus_needs_two_passes() -> None:
+    with pytest.raises(ValueError, match=r"data.passes must be 2 for ELRPlus, got 1"):
+        fit(elr_plus_module(), pictures(1), epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lam": -1.0}, "model.lam must not be negative, got -1.0"),
+        ({"beta": 1.0}, r"model.beta must be in \[0, 1\), got 1.0"),
+    ],
+)
+def test_constants_outside_their_range_are_refused(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        elr.ELR(normed, sgd, **options)
+
+
+if __name__ == "__main__":
+    parallel_run(Path(sys.argv[1]), devices=2)
