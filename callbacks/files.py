@@ -1,8 +1,14 @@
 """Writing files so that a crash, a full disk or a second reader never meets half a file. Imports no torch."""
 
+import json
+import math
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+"""Version of record.json; raised when a field changes its meaning."""
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -24,3 +30,15 @@ def write_atomic(path: Path, text: str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> Path:
+    """Writes `folder`/record.json in one step: an earlier record is replaced or stays whole. NaN becomes null.
+
+    Raises:
+        OSError: the folder cannot be written or the disk is full.
+    """
+    metrics = {key: value if math.isfinite(value) else None for key, value in record["metrics"].items()}
+    path = folder / "record.json"
+    write_atomic(path, json.dumps({**record, "metrics": metrics}, indent=1))
+    return path

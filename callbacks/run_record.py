@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import math
 import re
 import resource
@@ -19,10 +18,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.flop_counter import FlopCounterMode
 
-from callbacks.files import write_atomic
-
-SCHEMA = 1
-"""Version of record.json; raised when a field changes its meaning."""
+from callbacks.files import SCHEMA, write_atomic, write_record
 
 
 def summarize(history: list[dict[str, float]], monitor: str | None = None, mode: str = "max") -> dict[str, float]:
@@ -167,7 +163,7 @@ class RunRecord(Checkpoint):
             "status": status,
             "reason": reason,
             **self.facts,
-            "metrics": {k: v if math.isfinite(v) else None for k, v in summarize(self.history, monitor, mode).items()},
+            "metrics": summarize(self.history, monitor, mode),
             "epochs": len(self.history),
             **{name: round(seconds, 2) for name, seconds in spent.items()},
             "world_size": trainer.world_size,
@@ -177,7 +173,7 @@ class RunRecord(Checkpoint):
             "flops_per_step": self.flops_per_step,
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        write_atomic(self.folder / "record.json", json.dumps(record, indent=1))
+        write_record(self.folder, record)
 
 
 def _as_csv(history: list[dict[str, float]]) -> str:

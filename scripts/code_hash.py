@@ -31,9 +31,10 @@ def code_hash(config: dict[str, Any]) -> str:
 
 def _class_paths(value: Any) -> Iterator[str]:
     if isinstance(value, dict):
-        if isinstance(value.get("class_path"), str):
-            yield value["class_path"]
-        for item in value.values():
+        for key, item in value.items():
+            # settings may come with dotted keys
+            if isinstance(item, str) and str(key).split(".")[-1] == "class_path":
+                yield item
             yield from _class_paths(item)
     elif isinstance(value, list | tuple):
         for item in value:
@@ -55,8 +56,13 @@ def _file_of(dotted: str) -> Path | None:
 
 @functools.cache
 def _imports(file: Path) -> tuple[Path, ...]:
-    names = []
-    for node in ast.walk(ast.parse(file.read_text())):
+    names: list[str] = []
+    try:
+        tree = ast.parse(file.read_text())
+    except SyntaxError:
+        # half-edited: `list` and `leaderboard` still work, and its bytes alone make the hash differ
+        return ()
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:

@@ -1,4 +1,9 @@
-"""Command-line words, before LightningCLI sees them."""
+"""Command-line words before LightningCLI sees them, and what it says of them afterwards."""
+
+import difflib
+import importlib
+import inspect
+import re
 
 from scripts.errors import UserError
 
@@ -28,3 +33,28 @@ def without_options(words: list[str], names: tuple[str, ...]) -> list[str]:
         if take:
             kept.append(word)
     return kept
+
+
+def plain_message(text: str) -> str:
+    """One line for jsonargparse's nested report: the option, what is wrong with it, what is accepted."""
+    keys = re.findall(r'Parser key "([^"]+)"', text)
+    option = "--" + ".".join(keys)
+    if unknown := re.search(r"Option '(\w+)' is not accepted", text):
+        classes = re.findall(r"class_path '([\w.]+)'", text)
+        # a class may be left out of the report; the last one named is then not the one in question
+        accepted = _arguments(classes[-1]) if len(classes) == len(keys) else []
+        close = difflib.get_close_matches(unknown[1], accepted, n=2)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        return f"{option}.{unknown[1]} is not an option{hint}" + (f" (of {', '.join(accepted)})" if accepted else "")
+    kinds = re.findall(r"Expected a (?:<class '(?!NoneType)([\w.]+)'>|typing.Literal\[(.+?)\])", text)
+    kinds = [kind or f"one of {choices}" for kind, choices in kinds]
+    value = re.search(r"Got value: (.+)", text) or re.search(r"Given value: (.+)", text)
+    if kinds and value:
+        return f"{option} must be {' or '.join(dict.fromkeys(kinds))}, got {value[1].strip()!r}"
+    return text
+
+
+def _arguments(class_path: str) -> list[str]:
+    """Names of the arguments of a class."""
+    module, _, name = class_path.rpartition(".")
+    return list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)

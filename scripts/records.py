@@ -10,15 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from callbacks.files import write_atomic
+from callbacks.files import SCHEMA
 from scripts import recipes
 from scripts.claims import Claim
 from scripts.code_hash import code_hash
 from scripts.errors import UserError
 from scripts.verdicts import Verdict, judge
-
-SCHEMA = 1
-"""Version of record.json that this code reads."""
 
 LEVELS = 4
 """Folders above a record: paper, recipe, config hash, seed."""
@@ -64,8 +61,8 @@ class Record:
         return self.data["status"] == "finished"
 
     @property
-    def repeatable_failure(self) -> bool:
-        """Whether the run failed for a reason outside the method (full disk, killed worker ...): worth another try."""
+    def failed_from_outside(self) -> bool:
+        """Whether the run failed, but not by diverging (full disk, out of memory ...): worth another try."""
         return not self.finished and not str(self.data.get("reason")).startswith("NonFiniteLossError")
 
     @property
@@ -78,6 +75,11 @@ class Record:
         """Cost of the run."""
         return self.data["cpu_seconds"]
 
+    @property
+    def rank(self) -> tuple[bool, str]:
+        """Of two records of a run the one with the greater rank counts: not stale first, then the latest (UTC)."""
+        return not self.stale, self.data["finished_at"]
+
 
 @dataclass(frozen=True)
 class ClaimResult:
@@ -86,8 +88,7 @@ class ClaimResult:
     Args:
         claim: the claim.
         verdict: its verdict.
-        stale: a record used here is stale.
-        cpu_seconds: cost of the distinct runs used here; other claims may share them.
+        records: the records that count, one for each run.
         treatment, control: the metric for each seed; None without a record, NaN for a failed run. `control` is None
             for a claim against a threshold.
         missing: runs without a record that counts.
@@ -97,25 +98,22 @@ class ClaimResult:
 
     claim: Claim
     verdict: Verdict
-    stale: bool
-    cpu_seconds: float
+    records: tuple[Record, ...]
     treatment: tuple[float | None, ...]
     control: tuple[float | None, ...] | None
     missing: tuple[tuple[str, int], ...]
     failed: tuple[tuple[str, int], ...]
     to_run: tuple[tuple[str, int], ...]
 
+    @property
+    def stale(self) -> bool:
+        """Whether recipe or code of a run that counts have changed since."""
+        return any(record.stale for record in self.records)
 
-def write_record(folder: Path, record: dict[str, Any]) -> Path:
-    """Writes `folder`/record.json in one step: an earlier record is replaced or stays whole. NaN becomes null.
-
-    Raises:
-        OSError: the folder cannot be written or the disk is full.
-    """
-    metrics = {key: value if math.isfinite(value) else None for key, value in record["metrics"].items()}
-    path = folder / "record.json"
-    write_atomic(path, json.dumps({**record, "metrics": metrics}, indent=1))
-    return path
+    @property
+    def cpu_seconds(self) -> float:
+        """Cost of the distinct runs that count; other claims may share them."""
+        return math.fsum(record.cpu_seconds for record in self.records)
 
 
 def read_records(runs: Path) -> tuple[list[Record], list[str]]:
@@ -128,12 +126,14 @@ def read_records(runs: Path) -> tuple[list[Record], list[str]]:
     Raises:
         UserError: `runs` exists but cannot be read.
     """
-    if not runs.exists():
+    try:
+        os.scandir(runs).close()
+    except FileNotFoundError:
         return [], []
+    except OSError as error:
+        raise UserError(f"--runs: cannot read {runs.absolute()}: {error.strerror}") from error
     problems: list[str] = []
     files = _record_files(runs, LEVELS, problems)
-    if problems and not os.access(runs, os.R_OK | os.X_OK) or not runs.is_dir():
-        raise UserError(f"--runs: cannot read {problems[0]}")
     recipe_hashes: dict[str, str | None] = {}
     code_hashes: dict[str, str] = {}
     records = []
@@ -160,28 +160,103 @@ def evaluate(claim: Claim, records: Sequence[Record]) -> ClaimResult:
     Raises:
         UserError: a current record has no such metric.
     """
-    used: dict[tuple[str, int], Record] = {}
-    arms = [_arm(claim, recipe, metric, records, used) for recipe, metric in claim.arms]
-    control = arms[1] if len(arms) > 1 else None
-    verdict = judge(
-        arms[0], control, threshold=claim.threshold, direction=claim.direction, margin=claim.margin
-    )
+    used = _choose(claim, records)
+    arms = [
+        tuple(_value(claim, used.get((recipe, seed)), metric) for seed in claim.seeds) for recipe, metric in claim.arms
+    ]
+    control = arms[1] if claim.control is not None else None
     runs = list(dict.fromkeys(claim.runs()))
-    values = {
-        (recipe, seed): value
+    redo = {run for run, record in used.items() if record.stale or record.failed_from_outside}
+    bad = {
+        (recipe, seed)
         for (recipe, _), arm in zip(claim.arms, arms, strict=True)
         for seed, value in zip(claim.seeds, arm, strict=True)
+        if value is not None and not math.isfinite(value)
     }
-    missing = tuple(run for run in runs if run not in used)
-    redo = {run for run, record in used.items() if record.stale or record.repeatable_failure}
     return ClaimResult(
         claim,
-        verdict,
-        stale=any(record.stale for record in used.values()),
-        cpu_seconds=math.fsum(record.cpu_seconds for record in used.values()),
+        verdict=judge(arms[0], control, threshold=claim.threshold, direction=claim.direction, margin=claim.margin),
+        records=tuple(used.values()),
         treatment=arms[0],
         control=control,
-        missing=missing,
-        failed=tuple(run for run in runs if values[run] is not None and not math.isfinite(values[run] or 0.0)),
-        to_run=tuple(run for run in runs if run in redo or run in missing),
+        missing=tuple(run for run in runs if run not in used),
+        failed=tuple(run for run in runs if run in bad),
+        to_run=tuple(run for run in runs if run not in used or run in redo),
     )
+
+
+def _choose(claim: Claim, records: Sequence[Record]) -> dict[tuple[str, int], Record]:
+    """The record that counts for each run of the claim that has one."""
+    needed: dict[tuple[str, int], set[str]] = {}
+    for recipe, metric in claim.arms:
+        for seed in claim.seeds:
+            needed.setdefault((recipe, seed), set()).add(metric)
+    used: dict[tuple[str, int], Record] = {}
+    for record in records:
+        if record.run not in needed or record.data["overrides"]:
+            continue
+        if record.stale and record.finished and not needed[record.run] <= record.metrics.keys():
+            continue
+        if record.run not in used or record.rank > used[record.run].rank:
+            used[record.run] = record
+    return used
+
+
+def _value(claim: Claim, record: Record | None, metric: str) -> float | None:
+    """The metric; None without a record, NaN for a failed run."""
+    if record is None:
+        return None
+    if not record.finished:
+        return math.nan
+    if metric not in record.metrics:
+        close = difflib.get_close_matches(metric, record.metrics, n=5, cutoff=0.5)
+        others = [key for key in sorted(record.metrics) if key not in close]
+        raise UserError(
+            f"claim {claim.id!r} of {claim.slug}: no metric {metric!r} in {record.path}; "
+            f"it has {', '.join([*close, *others]) or 'none'}"
+        )
+    return record.metrics[metric]
+
+
+def _current_recipe_hash(name: str) -> str | None:
+    """Hash of the recipe as it is now; None if it is gone or broken."""
+    try:
+        return recipes.recipe_hash(recipes.ROOT / f"{name}.yaml")
+    except UserError:
+        return None
+
+
+def _record_files(folder: Path, levels: int, problems: list[str]) -> list[Path]:
+    """record.json files so many folders below; runs that were set aside (`seed0.old1`) are left out."""
+    try:
+        inside = sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir())
+    except OSError as error:
+        problems.append(f"{folder}: {error.strerror}")
+        return []
+    if levels > 1:
+        return [file for below in inside for file in _record_files(below, levels - 1, problems)]
+    files = [below / "record.json" for below in inside if re.fullmatch(r"seed\d+", below.name)]
+    return [file for file in files if os.path.lexists(file)]
+
+
+def _read(file: Path, problems: list[str]) -> dict[str, Any] | None:
+    """The content of a record, or None and a line in `problems`."""
+    try:
+        data = json.loads(file.read_text())
+    except OSError as error:
+        problems.append(f"{file}: {error.strerror}")
+        return None
+    except ValueError as error:
+        problems.append(f"{file}: not readable as JSON: {error}")
+        return None
+    version = data.get("schema") if isinstance(data, dict) else None
+    if version != SCHEMA:
+        problems.append(f"{file}: record of schema {version!r}; this version of noisebench reads schema {SCHEMA}")
+        return None
+    wrong = [key for key, kinds in FIELDS.items() if key not in data or not isinstance(data[key], kinds)]
+    if "metrics" not in wrong:
+        wrong += [key for key, v in data["metrics"].items() if not isinstance(v, int | float | None)]
+    if wrong:
+        problems.append(f"{file}: missing or of the wrong type: {', '.join(wrong)}")
+        return None
+    return {**data, "metrics": {key: math.nan if value is None else value for key, value in data["metrics"].items()}}

@@ -2,15 +2,16 @@
 
 import argparse
 import contextlib
+import difflib
 import os
 import queue
 import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -37,6 +38,11 @@ class Job:
 
     recipe: str
     seed: int
+
+    @classmethod
+    def of(cls, run: tuple[str, int]) -> "Job":
+        """From (recipe, seed)."""
+        return cls(*run)
 
     @property
     def max_epochs(self) -> int:
@@ -80,7 +86,9 @@ def chosen_claims(slugs: list[str], which: str | None, scale: str) -> list[Claim
         return [c for c in claims if c.scale == scale and (which == "all" or not c.extra)]
     found = [c for c in claims if c.id == which]
     if not found:
-        raise UserError(f"--claim: no claim {which!r}; {', '.join(slugs)} has {', '.join(c.id for c in claims)}")
+        close = difflib.get_close_matches(which, [c.id for c in claims], n=3, cutoff=0.4)
+        hint = f"did you mean {', '.join(close)}?" if close else f"`noisebench list {slugs[0]}` shows them"
+        raise UserError(f"--claim: {', '.join(slugs)} has no claim {which!r}; {hint}")
     return found
 
 
@@ -132,12 +140,11 @@ def _reproduce(claims: list[Claim], options: argparse.Namespace) -> int:
     records, problems = read_records(options.runs)
     for problem in problems:
         print(f"skipped: {problem}", file=sys.stderr)
-    needs = {claim: {Job(*job) for job in evaluate(claim, records).to_run} for claim in claims}
-    jobs = list(dict.fromkeys(job for claim in claims for job in sorted(needs[claim], key=lambda j: j.seed)))
-    total = len({(recipe, seed) for claim in claims for recipe, seed in claim.runs()})
+    waiting = {claim: set(map(Job.of, evaluate(claim, records).to_run)) for claim in claims}
+    jobs = list(dict.fromkeys(job for claim in claims for job in map(Job.of, claim.runs()) if job in waiting[claim]))
+    total = len({run for claim in claims for run in claim.runs()})
     print(f"{len(claims)} claims need {total} runs; {total - len(jobs)} are there, {len(jobs)} to run")
-    waiting, errors = dict(needs), 0
-    _judge(claims, waiting, set(), options.runs)
+    errors = _judge(waiting, set(), options.runs, print)
     if jobs:
         done: set[Job] = set()
         with _Progress(jobs) as progress:
@@ -146,23 +153,30 @@ def _reproduce(claims: list[Claim], options: argparse.Namespace) -> int:
                 if error is not None:
                     errors += 1
                     progress.say(f"FAILED {job.recipe} seed {job.seed}: {error}")
-                _judge(claims, waiting, done, options.runs, progress.say)
+                errors += _judge(waiting, done, options.runs, progress.say)
     print(f"table of all claims: {write(options.runs)}")
     return 1 if errors or problems else 0
 
 
-def _judge(claims: list[Claim], waiting: dict[Claim, set[Job]], done: set[Job], runs: Path, say: Any = print) -> None:
-    """Prints the verdict of each claim whose last run has just ended."""
-    ready = [claim for claim in claims if claim in waiting and waiting[claim] <= done]
+def _judge(waiting: dict[Claim, set[Job]], done: set[Job], runs: Path, say: Callable[[str], None]) -> int:
+    """Prints the verdict of each claim whose last run has just ended; returns how many could not be judged."""
+    ready = [claim for claim in waiting if waiting[claim] <= done]
     if not ready:
-        return
+        return 0
     records, _ = read_records(runs)
+    errors = 0
     for claim in ready:
         del waiting[claim]
-        say(verdict_lines(evaluate(claim, records)))
+        try:
+            say(verdict_lines(evaluate(claim, records)))
+        except UserError as error:
+            # such as a metric that the runs do not have: the other claims still get their runs
+            errors += 1
+            say(f"ERROR {error}")
+    return errors
 
 
-def _train(jobs: list[Job], options: argparse.Namespace, progress: "_Progress") -> Any:
+def _train(jobs: list[Job], options: argparse.Namespace, progress: "_Progress") -> Iterator[tuple[Job, str | None]]:
     """Runs all jobs; yields (job, error text or None) as each ends."""
     context = get_context("spawn")
     events = context.Queue()

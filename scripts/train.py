@@ -1,6 +1,7 @@
 """`noisebench fit | validate | test | predict`: LightningCLI with `base:` recipes, run folders, records and a guard."""
 
 import os
+import secrets
 import shlex
 import shutil
 import sys
@@ -24,7 +25,7 @@ from scripts import provenance, recipes
 from scripts.checkpoints import differences, flat, is_location, last_checkpoint, read_checkpoint_facts
 from scripts.code_hash import code_hash
 from scripts.errors import UserError
-from scripts.options import split_config_options, without_options
+from scripts.options import plain_message, split_config_options, without_options
 
 PRINTING = ("enable_progress_bar", "enable_model_summary")
 WHERE_AND_HOW = ("accelerator", "devices", "num_nodes", "strategy", *PRINTING)
@@ -83,6 +84,9 @@ class RecipeCLI(LightningCLI):
         with warnings.catch_warnings():
             # we pass `args` on purpose: recipes are already unfolded there
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+            if verb != "fit":
+                # nor does a checkpoint's evaluation need the callbacks that recorded its training
+                warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks")
             self._start([verb, *options, *argv])
 
     def _start(self, args: list[str]) -> None:
@@ -124,7 +128,7 @@ class RecipeCLI(LightningCLI):
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
-            raise UserError(str(error)) from error
+            raise UserError(plain_message(str(error))) from error
 
     def _parse_ckpt_path(self) -> None:
         """Keeps the options as given (plain Lightning lets the checkpoint's win) and stops if they differ."""
@@ -190,9 +194,11 @@ class RecipeCLI(LightningCLI):
             kwargs["logger"] = _wandb_logger(self.folder, f"{facts['recipe']} seed {self.seed}", self.ckpt_path)
             facts["wandb_id"] = kwargs["logger"].version
         trainer: Any = super().instantiate_trainer(**kwargs)
-        if self.verb == "fit":
+        others = [c for c in trainer.callbacks if not isinstance(c, ModelCheckpoint)]
+        if self.verb != "fit":
+            trainer.callbacks = others
+        else:
             savers = [c for c in trainer.callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None]
-            others = [c for c in trainer.callbacks if not isinstance(c, ModelCheckpoint)]
             always = [RngState(), StopOnNonFiniteLoss(), RunRecord(self.folder, facts)]
             last = last_checkpoint(self.folder / "checkpoints")
             trainer.callbacks = [*others, *self.extra_callbacks, *always, *savers, last]
@@ -227,7 +233,7 @@ class RecipeCLI(LightningCLI):
         """The resolved config as plain mappings, as YAML would hold it."""
         config: Namespace = self.config[self.verb].clone()
         config.pop("config", None)
-        return yaml.safe_load(self._parser(self.verb).dump(config, skip_none=False, skip_validation=True))
+        return yaml.safe_load(self._parser(self.verb).dump(config, skip_unset=False, skip_validation=True))
 
 
 def run(verb: str, argv: list[str], extra_callbacks: tuple[Callback, ...] = (), resume: bool = False) -> RecipeCLI:
@@ -271,14 +277,24 @@ def _shown(recipe: Path) -> str:
 
 
 def _wandb_logger(folder: Path, name: str, ckpt_path: str | None) -> Any:
+    """A W&B run that never asks: offline without credentials, and the same run again after a resume."""
+    os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
     from lightning.pytorch.loggers import WandbLogger
 
-    offline = os.environ.get("WANDB_MODE") in (None, "offline") and (
-        os.environ.get("WANDB_MODE") == "offline" or wandb.api.api_key is None
-    )
+    mode = os.environ.get("WANDB_MODE")
+    offline = mode == "offline" or (mode is None and not wandb.login(prompt=False, verify=False))
     identity = read_checkpoint_facts(Path(ckpt_path)).get("wandb_id") if ckpt_path else None
-    os.environ.setdefault("WANDB_SILENT", "true")
+    # WandbLogger's own `offline` sets an environment variable that wandb has already read by now
+    more: dict[str, Any] = {"mode": "offline"} if offline else {}
     if offline:
         print(f"W&B: no login, writing offline to {folder}/wandb (--wandb false turns it off)", file=sys.stderr)
-    return WandbLogger(name=name, save_dir=folder, project="noisebench", offline=offline, id=identity, resume="allow")
+    return WandbLogger(
+        name=name,
+        save_dir=folder,
+        project="noisebench",
+        offline=offline,
+        id=identity or secrets.token_hex(4),
+        resume="allow",
+        **more,
+    )

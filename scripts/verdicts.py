@@ -12,9 +12,10 @@ import statistics
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Name = Literal["reproduced", "not reproduced", "inconclusive", "not run"]
+VERDICTS: tuple[Name, ...] = get_args(Name)
 
 CONFIDENCE = 0.95
 MOST_SEEDS = 10_000
@@ -78,13 +79,17 @@ def judge(
     if len(other) != len(treatment):
         raise ValueError(f"treatment and control must have the same seeds, got {len(treatment)} and {len(other)}")
     runs = [*treatment, *([] if control is None else control)]
-    pairs = [(m, c) for m, c in zip(treatment, other, strict=True) if _finite(m) and _finite(c)]
-    failed = sum(_failed(m) or _failed(c) for m, c in zip(treatment, other, strict=True))
+    sign = 1 if direction == "greater" else -1
+    pairs = list(zip(treatment, other, strict=True))
+    differences = [
+        _beyond_margin(m, c, sign, margin)
+        for m, c in pairs
+        if m is not None and c is not None and math.isfinite(m) and math.isfinite(c)
+    ]
+    failed = sum(_failed(m) or _failed(c) for m, c in pairs)
     if not runs or None in runs:
         missing = f"{runs.count(None)} of {len(runs)} runs have no record"
-        return Verdict("not run", None, None, None, len(pairs), failed, None, missing)
-    sign = 1 if direction == "greater" else -1
-    differences = [_beyond_margin(m, c, sign, margin) for m, c in pairs]
+        return Verdict("not run", None, None, None, len(differences), failed, None, missing)
     return _decide(differences, margin, failed, sum(map(_failed, treatment)))
 
 
@@ -125,7 +130,7 @@ def _decide(differences: list[float], margin: float, failed: int, treatment_fail
     if treatment_failed > 1:
         name, reason = "not reproduced", f"{treatment_failed} treatment runs failed"
     elif high is not None and high < 0:
-        name, reason = "not reproduced", "the effect stays below the margin: its upper bound is less"
+        name, reason = "not reproduced", "the upper bound stays below the margin"
     elif low is not None and low > 0 and not failed:
         name, reason = "reproduced", "every seed finished and the lower bound exceeds the margin"
     else:
@@ -163,10 +168,6 @@ def _t_quantile(degrees: int) -> float:
     from scipy.special import stdtrit  # 0.2 s that `list` without records need not pay
 
     return float(stdtrit(degrees, CONFIDENCE))
-
-
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
 
 
 def _failed(value: float | None) -> bool:

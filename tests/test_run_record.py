@@ -1,9 +1,7 @@
 """Run records, and files that are whole or absent."""
 
-import errno
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from callbacks.files import write_atomic
 from callbacks.nonfinite import NonFiniteLossError, StopOnNonFiniteLoss
 from callbacks.run_record import RunRecord, summarize
 from scripts.checkpoints import last_checkpoint
@@ -118,20 +115,6 @@ def test_full_disk_at_a_checkpoint_keeps_the_earlier_checkpoint(tmp_path: Path, 
         train(tmp_path, 2, ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
     assert (tmp_path / "checkpoints" / "last.ckpt").read_bytes() == before
     assert record_of(tmp_path)["reason"] == "OSError: [Errno 28] No space left on device"
-
-
-def test_full_disk_at_the_record_keeps_the_earlier_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = tmp_path / "record.json"
-    write_atomic(target, "old")
-
-    def no_space(handle: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(OSError, match="No space left"):
-        write_atomic(target, "new")
-    assert target.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_summary_values() -> None:
