@@ -58,9 +58,14 @@ class FieldDataset(Dataset):
     def __getitem__(self, index: Tensor) -> dict[str, Any]:
         through = index if self.rows_of is None else self.rows_of[index]
         batch: dict[str, Any] = {
-            name: rows[through if name in self.indirect else index] for name, rows in self.fields.items()
+            name: _take(rows, through if name in self.indirect else index) for name, rows in self.fields.items()
         }
         return {**batch, "index": index, **self.extra}
+
+
+def _take(rows: Rows, index: Tensor) -> Tensor:
+    # copies whole rows: a fifth of the time of rows[index] for uint8 pictures
+    return rows.index_select(0, index) if isinstance(rows, Tensor) else rows[index]
 
 
 class Passes(Dataset):
@@ -98,7 +103,8 @@ class BatchOrder(Sampler[Tensor]):
         num_batches: batches per pass of a class-balanced epoch.
 
     Raises:
-        ValueError: the batch does not divide by the number of replicas.
+        ValueError: the batch does not divide by the number of replicas, or a training pass ends with fewer examples
+            than replicas (a replica without examples would leave the others waiting for its gradient).
     """
 
     def __init__(
@@ -130,6 +136,12 @@ class BatchOrder(Sampler[Tensor]):
             counts = classes.bincount()
             self.per_class = num_batches * batch_size // len(counts)
             self._drawn = int(counts.clamp(max=self.per_class).sum())
+        rest = self._drawn % batch_size
+        if shuffle and 0 < rest < num_replicas:
+            raise ValueError(
+                f"data.batch_size {batch_size} leaves {rest} of {self._drawn} training examples for the last batch, "
+                f"fewer than the {num_replicas} processes; choose another"
+            )
         self.epoch = 0
         self.skip = 0
 

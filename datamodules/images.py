@@ -75,6 +75,8 @@ class ImageData(L.LightningDataModule):
             raise ValueError("data.independent_noise needs data.passes of at least 2, got 1")
         if (mean is None) != (std is None):
             raise ValueError(f"data.mean and data.std must be given together, got {mean} and {std}")
+        if std is not None and min(std) <= 0:
+            raise ValueError(f"data.std must be positive, got {std}")
         if padding < 0 or (padding and crop is None):
             raise ValueError(f"data.padding must not be negative and needs data.crop, got {padding} and crop {crop}")
         self.source = source
@@ -112,10 +114,11 @@ class ImageData(L.LightningDataModule):
         first = self._train[0]
         self._mean, self._std = self.mean_std or _mean_std(sets.train_images, first.rows_of)
         channels = sets.train_images[torch.tensor([0])].shape[1]
-        if len(self._mean) != channels:
-            raise ValueError(
-                f"data.mean must have one value for each of the {channels} channels, got {len(self._mean)}"
-            )
+        for name, values in (("mean", self._mean), ("std", self._std)):
+            if len(values) != channels:
+                raise ValueError(
+                    f"data.{name} must have one value for each of the {channels} channels, got {len(values)}"
+                )
         self._compare_labels()
 
     def train_labels(self) -> dict[str, Tensor]:

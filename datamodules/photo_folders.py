@@ -8,6 +8,9 @@ from torch import Tensor
 
 from datamodules.sources import ImageSets, ImageSource, explained, fit_picture
 
+CLOTHING1M = "Clothing1M comes from its authors on request: https://github.com/Cysu/noisy_label"
+WEBVISION = "WebVision 1.0 is at https://data.vision.ee.ethz.ch/cvl/webvision/dataset2017.html"
+
 
 class ImageFiles:
     """Picture files decoded when a batch asks for them: (B, 3, size, size) uint8, shorter side resized, centre cut.
@@ -46,9 +49,9 @@ class Clothing1M(ImageSource):
         root = Path(self.root)
         pairs = {}
         for part, table in (("noisy_train", "noisy"), ("clean_val", "clean"), ("clean_test", "clean")):
-            with explained(root / f"{part}_key_list.txt", "a list of Clothing1M (one picture path a line)"):
+            with explained(root / f"{part}_key_list.txt", f"a list of picture paths; {CLOTHING1M}"):
                 keys = (root / f"{part}_key_list.txt").read_text().split()
-            with explained(root / f"{table}_label_kv.txt", "labels of Clothing1M (`path class` a line)"):
+            with explained(root / f"{table}_label_kv.txt", f"`path class` a line; {CLOTHING1M}"):
                 rows = (line.split() for line in (root / f"{table}_label_kv.txt").read_text().splitlines())
                 labels = {path: int(label) for path, label in rows}
                 pairs[part] = ([root / key for key in keys], torch.tensor([labels[key] for key in keys]))
@@ -85,7 +88,7 @@ class WebVision(ImageSource):
 
     def _list(self, name: str, folder: str) -> tuple[list[Path], Tensor]:
         root = Path(self.root)
-        with explained(root / name, "a file list of WebVision 1.0 (`path class` a line)"):
+        with explained(root / name, f"`path class` a line; {WEBVISION}"):
             rows = [line.split() for line in (root / name).read_text().splitlines()]
             kept = [(root / folder / path, int(label)) for path, label in rows if int(label) < self.num_classes]
         return [path for path, _ in kept], torch.tensor([label for _, label in kept])
@@ -94,7 +97,7 @@ class WebVision(ImageSource):
 def _read_picture(path: str, size: int) -> Tensor:
     from PIL import Image
 
-    with Image.open(path) as picture:
+    with explained(Path(path), "a picture that the data set's list names"), Image.open(path) as picture:
         return torch.from_numpy(np.array(fit_picture(picture.convert("RGB"), size))).permute(2, 0, 1)
 
 

@@ -3,7 +3,7 @@
 import functools
 import gzip
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +117,8 @@ class CIFAR(ImageSource):
             return HubImages(f"uoft-cs/cifar{self.num_classes}", image="img", label=label).read()
         folder = Path(self.root) / ("cifar-10-batches-py" if self.num_classes == 10 else "cifar-100-python")
         if not folder.is_dir():
-            return LocalImages(self.root, image="img", label=label).read()
+            # a small excerpt may lack the last classes
+            return replace(LocalImages(self.root, image="img", label=label).read(), num_classes=self.num_classes)
         import torchvision
 
         kind = torchvision.datasets.CIFAR10 if self.num_classes == 10 else torchvision.datasets.CIFAR100
@@ -199,12 +200,12 @@ class LocalImages(ImageSource):
         if not files["train"] or not files["test"]:
             found = ", ".join(e.name for e in entries[:8]) or "nothing"
             raise FileNotFoundError(f"data.source.root: {root} must hold {expected}; found {found}")
+        folders = kind == "imagefolder"
         with explained(root, expected):
-            if kind == "imagefolder":
-                both = [datasets.load_dataset(kind, data_dir=str(root / p), split="train") for p in ("train", "test")]
-                return _from_datasets(both[0], both[1], self.root, "image", "label", self.size)
-            both = [datasets.load_dataset(kind, data_files=files[p], split="train") for p in ("train", "test")]
-        return _from_datasets(both[0], both[1], self.root, self.image, self.label, self.size)
+            options = [{"data_dir": files[p][0]} if folders else {"data_files": files[p]} for p in ("train", "test")]
+            train, test = (datasets.load_dataset(kind, split="train", **where) for where in options)
+        image, label = ("image", "label") if folders else (self.image, self.label)
+        return _from_datasets(train, test, self.root, image, label, self.size)
 
 
 class explained:
@@ -220,7 +221,7 @@ class explained:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if not isinstance(error, Exception):
             return
-        if isinstance(error, FileNotFoundError) or not self.path.exists():
+        if isinstance(error, FileNotFoundError):
             raise FileNotFoundError(
                 f"data.source: looked for {self.path}, expected {self.expected}: not there"
             ) from error
@@ -255,11 +256,24 @@ def _from_datasets(train: Any, test: Any, name: str, image: str, label: str, siz
         for column in (image, label):
             if column not in part.column_names:
                 raise ValueError(f"data.source: {name} has no column {column!r}; it has {', '.join(part.column_names)}")
-    labels = [torch.as_tensor(part.with_format("numpy")[label][:], dtype=torch.int64) for part in (train, test)]
+    names = [getattr(part.features[label], "names", None) for part in (train, test)]
+    if names[0] != names[1]:
+        raise ValueError(
+            f"data.source: training and test set of {name} must have the same classes, got {names[0]} and {names[1]}"
+        )
+    labels = [_labels(part, label, name) for part in (train, test)]
     with explained(Path(name), f"pictures in column {image!r}"):
         images = [_decode_all(part.cast_column(image, datasets.Image())[image], size) for part in (train, test)]
     num_classes = int(max(part.max() for part in labels)) + 1
     return ImageSets(images[0], labels[0], images[1], labels[1], num_classes)
+
+
+def _labels(part: Any, column: str, name: str) -> Tensor:
+    values = np.asarray(part.with_format("numpy")[column][:])
+    if values.dtype.kind not in "iu" or values.size == 0 or values.min() < 0:
+        found = np.unique(values)[:3].tolist()
+        raise ValueError(f"data.source: column {column!r} of {name} must hold classes 0, 1, ..., got {found}")
+    return torch.from_numpy(values.astype(np.int64))
 
 
 def _decode_all(pictures: Any, size: int | None) -> Tensor:

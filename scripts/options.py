@@ -51,7 +51,11 @@ def plain_message(text: str) -> str:
     value = re.search(r"Got value: (.+)", text) or re.search(r"Given value: (.+)", text)
     if kinds and value:
         return f"{option} must be {' or '.join(dict.fromkeys(kinds))}, got {value[1].strip()!r}"
-    return text
+    # an error of a class's own constructor stands among those of the types that were tried beside it
+    own = [
+        line for line in re.findall(r"^ *- (.+)$", text, re.M) if not line.startswith(("Expected a", "Does not val"))
+    ]
+    return own[-1] if own and "Does not validate" in text else text
 
 
 def _arguments(class_path: str) -> list[str]:

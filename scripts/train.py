@@ -259,7 +259,7 @@ def explained(action: Callable[[], Any], recipe: str) -> Any:
         if os.environ.get("NOISEBENCH_TRACEBACK"):
             raise
         hint = f"(recipe {recipe}; NOISEBENCH_TRACEBACK=1 shows where)" if recipe else ""
-        raise UserError(f"{error} {hint}".strip()) from error
+        raise UserError(f"{plain_message(str(error))} {hint}".strip()) from error
 
 
 def _set_aside(folder: Path) -> None:

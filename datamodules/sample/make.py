@@ -1,12 +1,12 @@
-"""Makes the embedded sample from the files of Fashion-MNIST: `python -m datamodules.sample.make [FOLDER]`.
+"""Makes the embedded sample from the files of Fashion-MNIST: `python -m datamodules.sample.make [--root FOLDER]`.
 
 FOLDER holds the four idx files; Debian's package dataset-fashion-mnist puts them where the default looks. The result is
 the same, byte for byte, wherever NumPy's and zlib's formats are.
 """
 
+import argparse
 import io
 import os
-import sys
 import zipfile
 from pathlib import Path
 
@@ -26,9 +26,9 @@ def balanced_rows(labels: np.ndarray, per_class: int, rng: RandomState) -> np.nd
     return np.sort(np.concatenate(rows))
 
 
-def main(folder: str = DEFAULT_FOLDER) -> None:
-    """Writes the sample next to this file."""
-    sets, rng = FashionMNIST(folder).read(), RandomState(SEED)
+def main(root: str = DEFAULT_FOLDER, target: Path = EMBEDDED) -> None:
+    """Writes the sample: next to this file, unless a test says otherwise."""
+    sets, rng = FashionMNIST(root).read(), RandomState(SEED)
     arrays = {}
     for part, images, labels in (
         ("train", sets.train_images, sets.train_labels),
@@ -38,7 +38,7 @@ def main(folder: str = DEFAULT_FOLDER) -> None:
         arrays[f"{part}_images"] = np.asarray(images)[rows, 0]
         arrays[f"{part}_labels"] = labels.numpy()[rows].astype(np.uint8)
         arrays[f"{part}_rows"] = rows.astype(np.uint16)
-    temporary = EMBEDDED.with_suffix(".tmp")
+    temporary = target.with_suffix(".tmp")
     with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         for name, array in arrays.items():
             data = io.BytesIO()
@@ -47,9 +47,11 @@ def main(folder: str = DEFAULT_FOLDER) -> None:
             archive.writestr(
                 zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0)), data.getvalue(), zipfile.ZIP_DEFLATED
             )
-    os.replace(temporary, EMBEDDED)
-    print(f"{EMBEDDED}: {Path(EMBEDDED).stat().st_size:,} bytes")
+    os.replace(temporary, target)
+    print(f"{target}: {target.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    parser = argparse.ArgumentParser(prog="python -m datamodules.sample.make", description="Makes the embedded sample.")
+    parser.add_argument("--root", default=DEFAULT_FOLDER, help="folder with the four idx files (default: %(default)s)")
+    main(parser.parse_args().root)
