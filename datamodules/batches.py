@@ -143,7 +143,6 @@ class BatchOrder(Sampler[Tensor]):
                 f"fewer than the {num_replicas} processes; choose another"
             )
         self.epoch = 0
-        self.skip = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch's order; the Trainer calls this."""
@@ -153,10 +152,9 @@ class BatchOrder(Sampler[Tensor]):
         return self.num_passes * -(-self._drawn // self.batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
-        skip, self.skip = self.skip, 0
-        for number, batch in enumerate(self._global_batches()):
+        for batch in self._global_batches():
             mine = batch.tensor_split(self.num_replicas)[self.rank] if self.num_replicas > 1 else batch
-            if number >= skip and len(mine):
+            if len(mine):
                 yield mine
 
     def _global_batches(self) -> Iterator[Tensor]:

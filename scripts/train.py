@@ -84,6 +84,9 @@ class RecipeCLI(LightningCLI):
         with warnings.catch_warnings():
             # we pass `args` on purpose: recipes are already unfolded there
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+            # Lightning calls what torch and jsonargparse have renamed
+            warnings.filterwarnings("ignore", message=r".*LeafSpec.*deprecated")
+            warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.")
             if verb != "fit":
                 # nor does a checkpoint's evaluation need the callbacks that recorded its training
                 warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks")
@@ -245,7 +248,9 @@ def run(verb: str, argv: list[str], extra_callbacks: tuple[Callback, ...] = (), 
 
 def verb(name: str, argv: list[str]) -> int:
     """Entry of `noisebench fit ...` and its siblings."""
-    explained(lambda: run(name, argv), " ".join(split_config_options(argv)[0]))
+    cli = explained(lambda: run(name, argv), " ".join(split_config_options(argv)[0]))
+    if name == "fit" and cli.trainer.is_global_zero:
+        print(f"run finished: {cli.folder}")
     return 0
 
 

@@ -74,13 +74,6 @@ def test_length_counts_the_smaller_last_batch() -> None:
     assert len(order) == len(batches(order)) == 10
 
 
-def test_skip_leaves_out_the_first_batches_of_one_epoch() -> None:
-    order = BatchOrder(50, 8, shuffle=True)
-    whole = batches(order)
-    order.skip = 3
-    assert [batches(order), batches(order)] == [whole[3:], whole]
-
-
 def test_second_pass_counts_on_in_another_order() -> None:
     both = batches(BatchOrder(6, 6, shuffle=True, num_passes=2))
     assert sorted(both[1]) == list(range(6, 12))
