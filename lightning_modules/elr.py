@@ -32,8 +32,12 @@ def elr_targets(rows: Tensor, logits: Tensor, beta: float, eps: float = EPS) -> 
     Returns:
         (B, C) new rows in the dtype of `rows`, detached.
 
-    Source: arXiv 2007.00151, Section 4 (temporal ensembling); clamp and normalisation from the official code.
+    Raises:
+        ValueError: shapes disagree, e.g. a net with another number of classes than the data.
+
+    Source: arXiv 2007.00151 (temporal ensembling of the targets); clamp and normalisation from the official code.
     """
+    _same_shape(logits, rows)
     probabilities = _wide(logits.detach()).softmax(1).clamp(eps, 1 - eps)
     return (beta * rows + (1 - beta) * probabilities / probabilities.sum(1, keepdim=True)).to(rows.dtype)
 
@@ -49,7 +53,7 @@ def elr_regularizer(logits: Tensor, targets: Tensor, eps: float = EPS) -> Tensor
     Returns:
         Scalar in nats, negative.
 
-    Source: arXiv 2007.00151, Section 4.
+    Source: arXiv 2007.00151.
     """
     _same_shape(logits, targets)
     probabilities = _wide(logits).softmax(1).clamp(eps, 1 - eps)
@@ -72,7 +76,7 @@ def elr_loss(logits: Tensor, labels: Tensor, targets: Tensor, lam: float, eps: f
     Raises:
         ValueError: shapes disagree.
 
-    Source: arXiv 2007.00151, Section 4; clamp from the official code.
+    Source: arXiv 2007.00151; clamp from the official code.
     """
     return F.cross_entropy(_wide(logits), labels) + lam * elr_regularizer(logits, targets, eps)
 
@@ -168,7 +172,7 @@ class ELR(NoisyLabelModule):
         beta: momentum of the targets per epoch.
         reg: `elr`, or `kl` for the regulariser of Appendix C.
 
-    Source: arXiv 2007.00151, Section 4; defaults are those of CIFAR-10 with symmetric noise.
+    Source: arXiv 2007.00151; defaults are those of CIFAR-10 with symmetric noise.
     """
 
     def __init__(
@@ -222,7 +226,7 @@ class ELRPlus(NoisyLabelModule):
         eval_pair: average of the logits of both trained nets, or (official two-GPU mode) net 1 and the average of the
             last net.
 
-    Source: arXiv 2007.00151, Section 4.3 and official code `ELR_plus`; defaults are those of CIFAR-10.
+    Source: arXiv 2007.00151 and official code `ELR_plus`; defaults are those of CIFAR-10.
     """
 
     def __init__(

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from scripts.errors import UserError
+from scripts.options import flat, is_location
 
 
 def last_checkpoint(folder: Path) -> ModelCheckpoint:
@@ -34,15 +35,3 @@ def read_checkpoint_facts(path: Path) -> dict[str, Any]:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True).get("noisebench", {})
     except Exception as error:
         raise UserError(f"--ckpt_path: {path} is not a readable checkpoint: {error}".splitlines()[0]) from error
-
-
-def is_location(key: str) -> bool:
-    """Whether a dotted key says where data lie or how they are fetched, and so changes no result."""
-    return key.split(".")[-1] in ("root", "num_workers")
-
-
-def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one mapping with dotted keys."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}.{key}".lstrip(".")).items()}

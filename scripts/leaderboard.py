@@ -75,7 +75,8 @@ def verdict_lines(result: ClaimResult) -> str:
         if result.control is None or claim.control is None:
             arms += f"threshold {claim.threshold:g}"
         else:
-            arms += f"{claim.control.removesuffix('.yaml')} {mean_sd(result.control)}"
+            other = f" {claim.control_metric}" if claim.control_metric else ""
+            arms += f"{claim.control.removesuffix('.yaml')}{other} {mean_sd(result.control)}"
         lines.append(f"    {claim.metric}: {arms}; effect {_effect(result)}")
     lines.append(f"    {verdict.reason}; {result.cpu_seconds:.0f} CPU-s")
     return "\n".join(lines)

@@ -1,11 +1,32 @@
-"""Command-line words before LightningCLI sees them, and what it says of them afterwards."""
+"""Options: command-line words before LightningCLI sees them, its settings afterwards, and its complaints."""
 
 import difflib
 import importlib
 import inspect
 import re
+from collections.abc import Callable
+from typing import Any
 
 from scripts.errors import UserError
+
+PRINTING = ("enable_progress_bar", "enable_model_summary")
+WHERE_AND_HOW = ("accelerator", "devices", "num_nodes", "strategy", *PRINTING)
+"""Trainer options that say where a run happens and what it prints, not what it computes."""
+HOUSEKEEPING = ("ckpt_path", "runs", "overwrite", "wandb")
+NOT_SETTINGS = ("seed_everything", *HOUSEKEEPING, "weights_only", "verbose", "return_predictions", "model_summary")
+
+
+def settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a resolved config that decides what a run computes, apart from its seed."""
+    kept = {key: value for key, value in config.items() if key not in NOT_SETTINGS}
+    kept["trainer"] = {
+        key: value
+        for key, value in config["trainer"].items()
+        if key not in (*WHERE_AND_HOW, "logger", "default_root_dir", "enable_checkpointing")
+    }
+    kept["checkpoint"] = {key: value for key, value in config["checkpoint"].items() if key != "dirpath"}
+    kept["data"] = {key: value for key, value in flat(config.get("data") or {}).items() if not is_location(key)}
+    return kept
 
 
 def split_config_options(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -24,15 +45,21 @@ def split_config_options(argv: list[str]) -> tuple[list[str], list[str]]:
     return names, rest
 
 
-def without_options(words: list[str], names: tuple[str, ...]) -> list[str]:
-    """Command-line words without the options of these names (`--name value` or `--name=value`)."""
-    free, kept, take = {f"--{name}" for name in names}, [], True
+def without_options(words: list[str], dropped: Callable[[str], bool]) -> list[str]:
+    """Command-line words without the options (`name value` or `name=value` after `--`) that are to be dropped."""
+    kept, take = [], True
     for word in words:
         if word.startswith("--"):
-            take = word.split("=")[0] not in free
+            take = not dropped(word.removeprefix("--").split("=")[0])
         if take:
             kept.append(word)
     return kept
+
+
+def overrides(words: list[str]) -> list[str]:
+    """What a command line changes of a recipe's settings; empty for a run that a claim may use."""
+    free = {"seed_everything", *HOUSEKEEPING, *(f"trainer.{name}" for name in WHERE_AND_HOW)}
+    return without_options(words, lambda name: name in free or is_location(name))
 
 
 def plain_message(text: str) -> str:
@@ -52,9 +79,8 @@ def plain_message(text: str) -> str:
     if kinds and value:
         return f"{option} must be {' or '.join(dict.fromkeys(kinds))}, got {value[1].strip()!r}"
     # an error of a class's own constructor stands among those of the types that were tried beside it
-    own = [
-        line for line in re.findall(r"^ *- (.+)$", text, re.M) if not line.startswith(("Expected a", "Does not val"))
-    ]
+    lines = re.findall(r"^ *- (.+)$", text, re.M)
+    own = [line for line in lines if not line.startswith(("Expected a", "Does not validate"))]
     return own[-1] if own and "Does not validate" in text else text
 
 
@@ -62,3 +88,15 @@ def _arguments(class_path: str) -> list[str]:
     """Names of the arguments of a class."""
     module, _, name = class_path.rpartition(".")
     return list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+
+
+def is_location(key: str) -> bool:
+    """Whether a dotted key says where data lie or how they are fetched, and so changes no result."""
+    return key.split(".")[-1] in ("root", "num_workers")
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one mapping with dotted keys."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}.{key}".lstrip(".")).items()}

@@ -19,6 +19,7 @@ from scripts import recipes
 from scripts.claims import Claim, load_paper
 from scripts.errors import UserError
 from scripts.leaderboard import verdict_lines, write
+from scripts.options import overrides
 from scripts.records import evaluate, read_records
 from scripts.worker import quiet, train_one
 
@@ -27,6 +28,7 @@ EXAMPLES = """examples:
   noisebench reproduce elr --claim elr-beats-ce-sym40       one claim
   noisebench reproduce elr --seeds 0..4                     other seeds than the claims' own
   noisebench reproduce --all --jobs 2                       every paper
+  noisebench reproduce elr --scale paper --data.source.root data/cifar10
 
 Finished runs are skipped while their recipe and code are unchanged; runs that were cut off continue from their last
 checkpoint. Each run uses one CPU thread, so that results do not depend on --jobs."""
@@ -109,7 +111,13 @@ def verb(argv: list[str]) -> int:
     parser.add_argument("--jobs", type=int, help="runs at once; default: CPU cores, 1 for recipes that may use a GPU")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
     parser.add_argument("--wandb", action="store_true", help="mirror each run to Weights & Biases")
-    options = parser.parse_args(argv)
+    options, where = parser.parse_known_args(argv)
+    if changes := overrides(where):
+        raise UserError(
+            f"reproduce runs recipes as they are, so it takes no {' '.join(changes)}; `noisebench fit` does. "
+            "It passes on options of place: --data.source.root, --data.num_workers, --trainer.accelerator"
+        )
+    options.where = where
     slugs = recipes.papers() if options.all else options.papers
     unknown = [slug for slug in slugs if slug not in recipes.papers()]
     if unknown or not slugs:
@@ -183,7 +191,7 @@ def _train(jobs: list[Job], options: argparse.Namespace, progress: "_Progress") 
     workers = min(options.jobs or _default_jobs(jobs), len(jobs))
     with ProcessPoolExecutor(workers, context, quiet, (events,)) as pool:
         futures: dict[Future, Job] = {
-            pool.submit(train_one, number, job.recipe, job.seed, str(options.runs), options.wandb): job
+            pool.submit(train_one, number, job.recipe, job.seed, str(options.runs), options.wandb, options.where): job
             for number, job in enumerate(jobs)
         }
         try:

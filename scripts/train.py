@@ -22,29 +22,18 @@ from callbacks.nonfinite import StopOnNonFiniteLoss
 from callbacks.rng import RngState
 from callbacks.run_record import RunRecord
 from scripts import provenance, recipes
-from scripts.checkpoints import differences, flat, is_location, last_checkpoint, read_checkpoint_facts
+from scripts.checkpoints import differences, last_checkpoint, read_checkpoint_facts
 from scripts.code_hash import code_hash
 from scripts.errors import UserError
-from scripts.options import plain_message, split_config_options, without_options
-
-PRINTING = ("enable_progress_bar", "enable_model_summary")
-WHERE_AND_HOW = ("accelerator", "devices", "num_nodes", "strategy", *PRINTING)
-"""Trainer options that say where a run happens and what it prints, not what it computes."""
-HOUSEKEEPING = ("ckpt_path", "runs", "overwrite", "wandb")
-NOT_SETTINGS = ("seed_everything", *HOUSEKEEPING, "weights_only", "verbose", "return_predictions", "model_summary")
-
-
-def settings(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a resolved config that decides what a run computes, apart from its seed."""
-    kept = {key: value for key, value in config.items() if key not in NOT_SETTINGS}
-    kept["trainer"] = {
-        key: value
-        for key, value in config["trainer"].items()
-        if key not in (*WHERE_AND_HOW, "logger", "default_root_dir", "enable_checkpointing")
-    }
-    kept["checkpoint"] = {key: value for key, value in config["checkpoint"].items() if key != "dirpath"}
-    kept["data"] = {key: value for key, value in flat(config.get("data") or {}).items() if not is_location(key)}
-    return kept
+from scripts.options import (
+    HOUSEKEEPING,
+    PRINTING,
+    overrides,
+    plain_message,
+    settings,
+    split_config_options,
+    without_options,
+)
 
 
 class RecipeCLI(LightningCLI):
@@ -71,9 +60,7 @@ class RecipeCLI(LightningCLI):
         self.recipe = recipe
         self.verb = verb
         self.command_line = argv
-        where = tuple(f"trainer.{name}" for name in WHERE_AND_HOW)
-        changed = without_options(argv, ("seed_everything", *HOUSEKEEPING, *where))
-        self.overrides = [f"--config {name}" for name in more_configs] + changed
+        self.overrides = [f"--config {name}" for name in more_configs] + overrides(argv)
         self.more_configs = more_configs
         self.extra_callbacks = extra_callbacks
         self.resume = resume
@@ -94,13 +81,16 @@ class RecipeCLI(LightningCLI):
 
     def _start(self, args: list[str]) -> None:
         strict = {"exit_on_error": False, "allow_abbrev": False}
+        example = "example: noisebench {} --config elr/mini-sym40 {}--trainer.accelerator cpu"
+        verbs = {name: {**strict, "epilog": example.format(name, "--ckpt_path FILE ")} for name in self.subcommands()}
+        verbs["fit"]["epilog"] = example.format("fit", "--model.lam 5 ")
         super().__init__(
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=0,
             auto_configure_optimizers=False,
             save_config_callback=None,
-            parser_kwargs={**strict, **dict.fromkeys(self.subcommands(), strict)},
+            parser_kwargs={**strict, **verbs},
             trainer_defaults={
                 "logger": False,
                 "num_sanity_val_steps": 0,
@@ -131,7 +121,11 @@ class RecipeCLI(LightningCLI):
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
+            if self.recipe is None:
+                raise UserError("--config is missing; name a recipe, e.g. --config elr/mini-sym40") from error
             raise UserError(plain_message(str(error))) from error
+        if self.verb != "fit" and self._option("ckpt_path") is None:
+            raise UserError(f"--ckpt_path is missing; {self.verb} needs the checkpoint of a trained net")
 
     def _parse_ckpt_path(self) -> None:
         """Keeps the options as given (plain Lightning lets the checkpoint's win) and stops if they differ."""
@@ -174,7 +168,7 @@ class RecipeCLI(LightningCLI):
         if self.resume:
             if last.exists() and read_checkpoint_facts(last).get("code_hash") == self.code_hash:
                 self.ckpt_path = str(last)
-            elif self.folder.exists():
+            elif last.exists() or (self.folder / "record.json").exists():
                 _set_aside(self.folder)
         elif self._option("overwrite"):
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -213,7 +207,8 @@ class RecipeCLI(LightningCLI):
         if torch.cuda.is_available():
             hardware["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         names = ([] if self.recipe is None else [_shown(self.recipe)]) + self.more_configs
-        words = without_options(self.command_line, (*HOUSEKEEPING, *(f"trainer.{name}" for name in PRINTING)))
+        unneeded = {*HOUSEKEEPING, *(f"trainer.{name}" for name in PRINTING)}
+        words = without_options(self.command_line, lambda name: name in unneeded)
         command = ["noisebench", self.verb, *(w for n in names for w in ("--config", n)), *words]
         return {
             "command": shlex.join(command),

@@ -1,5 +1,6 @@
 """What a worker process of `reproduce` does. Imports torch only once it works."""
 
+import importlib
 import os
 import threading
 from multiprocessing import parent_process
@@ -24,12 +25,13 @@ def _end_with(parent: Any) -> None:
     os._exit(1)
 
 
-def train_one(number: int, recipe: str, seed: int, runs: str, wandb: bool) -> str | None:
+def train_one(number: int, recipe: str, seed: int, runs: str, wandb: bool, where: list[str]) -> str | None:
     """Trains one recipe with one seed.
 
     Args:
         number: position among the runs, for progress events `(number, epochs done)`.
         recipe, seed, runs, wandb: as the options of `noisebench fit`.
+        where: further words of that command line: devices, place of data.
 
     Returns:
         None when the run finished, else one line that says why not. Its record, if it got so far, says `failed`.
@@ -52,10 +54,14 @@ def train_one(number: int, recipe: str, seed: int, runs: str, wandb: bool) -> st
         _events.put((number, trainer.current_epoch + 1))
 
     words = ["--config", recipe, "--seed_everything", str(seed), "--runs", runs, "--wandb", str(wandb).lower()]
-    words += ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+    words += ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", *where]
     ticker = LambdaCallback(on_train_epoch_end=tell)
     try:
         train.explained(lambda: train.run("fit", words, (ticker,), resume=True), recipe)
     except UserError as error:
         return str(error)
+    finally:
+        if wandb:
+            # or the next run of this process would write into this one's W&B run
+            importlib.import_module("wandb").finish()
     return None

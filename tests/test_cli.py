@@ -13,6 +13,7 @@ import torch
 from scripts import recipes, train
 from scripts.__main__ import main
 from scripts.errors import UserError
+from scripts.options import overrides
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--data.source", "synthetic.SyntheticImages", "--data.source.num_classes", "10", "--data.source.channels", "1"]
@@ -53,6 +54,21 @@ def test_same_settings_go_to_the_same_folder_whatever_the_place_of_data_and_devi
     hashes = {_config_hash([*words, *more]) for more in ([], ["--data.source.root", "x"], ["--trainer.devices", "2"])}
     assert len(hashes) == 1
     assert _config_hash([*words, "--model.lam", "5"]) not in hashes
+
+
+def test_options_of_place_are_no_overrides() -> None:
+    words = [
+        "--seed_everything=3",
+        "--data.source.root",
+        "x",
+        "--trainer.devices",
+        "2",
+        "--model.lam",
+        "5",
+        "--runs",
+        "r",
+    ]
+    assert overrides(words) == ["--model.lam", "5"]
 
 
 def _config_hash(words: list[str]) -> str:
@@ -163,6 +179,8 @@ BAD: dict[str, tuple[list[str], str]] = {
     "unknown verb": (["reproduc", "elr"], "did you mean 'reproduce'?"),
     "unknown recipe": (["fit", "--config", "elr/mini-sym4"], "did you mean elr/mini-sym40"),
     "config without a name": (["fit", "--config"], "--config needs the name of a recipe"),
+    "no recipe": (["fit"], "--config is missing; name a recipe"),
+    "test without a checkpoint": (["test", *FIT[1:]], "--ckpt_path is missing"),
     "misspelt option": ([*FIT, "--model.lamm", "3"], "--model.lamm is not an option; did you mean lam?"),
     "misspelt option of a part": (
         [*FIT, "--data.noise.rat", "3"],
@@ -180,6 +198,7 @@ BAD: dict[str, tuple[list[str], str]] = {
         "no claim 'ce-memorises'; did you mean ce-memorizes",
     ),
     "one seed": (["reproduce", "elr", "--seeds", "3"], "--seeds must name at least two seeds"),
+    "settings to reproduce": (["reproduce", "elr", "--model.lam", "5"], "so it takes no --model.lam 5"),
     "no jobs": (["reproduce", "elr", "--jobs", "0"], "--jobs must be at least 1, got 0"),
     "unknown paper to list": (["list", "els"], "no paper 'els'"),
 }

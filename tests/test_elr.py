@@ -201,7 +201,7 @@ def _two_gaussians(lam: float) -> dict[str, float]:
 
 
 def test_gradient_of_the_regulariser_is_the_closed_form(batch: tuple[Tensor, Tensor, Tensor]) -> None:
-    """g_c = p_c / (1 - <p, t>) * sum_k (t_k - t_c) p_k inside the clamp (arXiv 2007.00151, Lemma on the gradient)."""
+    """g_c = p_c / (1 - <p, t>) * sum_k (t_k - t_c) p_k inside the clamp, by hand from the definition."""
     logits, _, targets = batch
     logits.requires_grad_()
     (ours,) = torch.autograd.grad(elr.elr_regularizer(logits, targets), logits)
