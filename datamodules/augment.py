@@ -21,14 +21,19 @@ def random_crop(images: Tensor, size: int, padding: int, generator: torch.Genera
         generator: on the device of the images.
     """
     padded = F.pad(images, (padding,) * 4) if padding else images
-    _, _, height, width = padded.shape
+    _, channels, height, width = padded.shape
     if min(height, width) < size:
         raise ValueError(f"data.crop {size} exceeds the padded image of {height} x {width} pixels")
     top = torch.randint(height - size + 1, (len(images),), generator=generator, device=images.device)
     left = torch.randint(width - size + 1, (len(images),), generator=generator, device=images.device)
-    # a view of all windows: one index picks them, whole rows are copied (7 times faster than an index for each pixel)
-    windows_BCYXHW = padded.unfold(2, size, 1).unfold(3, size, 1)
-    return windows_BCYXHW[torch.arange(len(images), device=images.device), :, top, left]
+    # each row of a window is `size` neighbouring elements: a view of all such runs, of which index_select copies whole
+    # ones (a fifth of the time of an index over the windows)
+    flat = padded.contiguous().view(-1)
+    runs = flat.as_strided((flat.numel() - size + 1, size), (1, 1))
+    plane = torch.arange(len(images) * channels, device=images.device).view(-1, channels, 1) * height
+    row = plane + top.view(-1, 1, 1) + torch.arange(size, device=images.device)
+    starts = row * width + left.view(-1, 1, 1)
+    return runs.index_select(0, starts.view(-1)).view(-1, channels, size, size)
 
 
 def center_crop(images: Tensor, size: int) -> Tensor:

@@ -124,10 +124,10 @@ def test_trainer_against_plain_loop(kind: str, benchmark: Any, tmp_path: Path) -
         max_epochs=EPOCHS,
         accelerator="cpu",
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         limit_val_batches=0,
+        default_root_dir=tmp_path,
         use_distributed_sampler=False,
         callbacks=callbacks,
     )
