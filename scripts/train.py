@@ -1,10 +1,8 @@
 """`noisebench fit | validate | test | predict`: LightningCLI with `base:` recipes, run folders, records and a guard."""
 
 import os
-import secrets
 import shlex
 import shutil
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +23,7 @@ from scripts import provenance, recipes
 from scripts.checkpoints import differences, last_checkpoint, read_checkpoint_facts
 from scripts.code_hash import code_hash
 from scripts.errors import UserError
+from scripts.mirror import wandb_logger
 from scripts.options import (
     HOUSEKEEPING,
     PRINTING,
@@ -34,6 +33,12 @@ from scripts.options import (
     split_config_options,
     without_options,
 )
+
+# `--trainer.limit_train_batches 1` is one batch, 1.0 all of them. `typing` keeps one object for both orders of
+# Optional[Union[int, float]]: without this, the order of other imports would decide which type is tried first.
+for _name, _hint in L.Trainer.__init__.__annotations__.items():
+    if _hint == int | float | None:
+        L.Trainer.__init__.__annotations__[_name] = int | float | None
 
 
 class RecipeCLI(LightningCLI):
@@ -188,7 +193,7 @@ class RecipeCLI(LightningCLI):
         """Adds the callbacks that every run has, and the W&B mirror."""
         facts = self._facts()
         if self.verb == "fit" and self._option("wandb") and not self.plain["trainer"]["logger"]:
-            kwargs["logger"] = _wandb_logger(self.folder, f"{facts['recipe']} seed {self.seed}", self.ckpt_path)
+            kwargs["logger"] = wandb_logger(self.folder, f"{facts['recipe']} seed {self.seed}", self.ckpt_path)
             facts["wandb_id"] = kwargs["logger"].version
         trainer: Any = super().instantiate_trainer(**kwargs)
         others = [c for c in trainer.callbacks if not isinstance(c, ModelCheckpoint)]
@@ -274,27 +279,3 @@ def _shown(recipe: Path) -> str:
     """The recipe as a user anywhere can name it."""
     resolved = recipe.resolve()
     return f"recipes/{resolved.relative_to(recipes.ROOT)}" if resolved.is_relative_to(recipes.ROOT) else str(recipe)
-
-
-def _wandb_logger(folder: Path, name: str, ckpt_path: str | None) -> Any:
-    """A W&B run that never asks: offline without credentials, and the same run again after a resume."""
-    os.environ.setdefault("WANDB_SILENT", "true")
-    import wandb
-    from lightning.pytorch.loggers import WandbLogger
-
-    mode = os.environ.get("WANDB_MODE")
-    offline = mode == "offline" or (mode is None and not wandb.login(prompt=False, verify=False))
-    identity = read_checkpoint_facts(Path(ckpt_path)).get("wandb_id") if ckpt_path else None
-    # WandbLogger's own `offline` sets an environment variable that wandb has already read by now
-    more: dict[str, Any] = {"mode": "offline"} if offline else {}
-    if offline:
-        print(f"W&B: no login, writing offline to {folder}/wandb (--wandb false turns it off)", file=sys.stderr)
-    return WandbLogger(
-        name=name,
-        save_dir=folder,
-        project="noisebench",
-        offline=offline,
-        id=identity or secrets.token_hex(4),
-        resume="allow",
-        **more,
-    )

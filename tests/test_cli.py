@@ -139,6 +139,20 @@ def test_quick_verbs_do_not_import_torch(words: list[str], tmp_path: Path) -> No
     )
 
 
+def test_one_batch_is_not_all_batches_whatever_was_imported_before(tmp_path: Path) -> None:
+    code = (
+        "from typing import Union; import lightning as L\n"
+        "L.Trainer.__init__.__annotations__['limit_train_batches'] = Union[float, int, None]\n"
+        "from scripts import train\n"
+        "train.RecipeCLI.instantiate_classes = train.RecipeCLI._run_subcommand = lambda self, *words: None\n"
+        "cli = train.run('fit', ['--config', 'elr/mini-sym40', '--trainer.limit_train_batches', '1'])\n"
+        "print(repr(cli.plain['trainer']['limit_train_batches']))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "1", done.stderr
+
+
 # resume and its guard
 
 

@@ -1,8 +1,10 @@
 """ELR and ELR+: reference, property, gradient, parallel, resume. Recipes are run by test_recipes.py."""
 
+import copy
+import os
 import subprocess
 import sys
-from pathlib import Path, os
+from pathlib import Path
 
 import lightning as L
 import numpy as np
@@ -363,6 +365,45 @@ def test_elr_plus_trains_one_net_per_pass_and_moves_its_average_only() -> None:
         name.rsplit(".", 2)[0] for name, value in module.named_parameters() if not torch.equal(value, before[name])
     }
     assert {name[: len("averages.0")].rstrip(".") for name in changed} == {"nets.0", "averages.0"}
+
+
+def test_average_moves_by_one_minus_the_decay() -> None:
+    L.seed_everything(5)
+    module = elr_plus_module()
+    before = [value.clone() for value in module.averages[0].parameters()]
+    fit(module, pictures(2), epochs=1, limit_train_batches=1)
+    decay = elr.ema_decay(step=1, cap=0.997, ramp_steps=20)
+    for old, new, trained in zip(before, module.averages[0].parameters(), module.nets[0].parameters(), strict=True):
+        torch.testing.assert_close(new.detach(), decay * old + (1 - decay) * trained.detach())
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_elr_plus_step_is_the_formula_with_the_other_nets_average(which: int) -> None:
+    L.seed_everything(5)
+    module, seen = elr_plus_module(), {}
+    step = module.training_step
+
+    def spy(batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        if batch["pass"] != which or seen:
+            return step(batch, batch_idx)
+        draws = module.mixup_generator.get_state()
+        teacher, student = copy.deepcopy(module.averages[1 - which]), copy.deepcopy(module.nets[which])
+        out = step(batch, batch_idx)
+        module.mixup_generator.set_state(draws)
+        weight, permutation = module._draw_mixup(16)
+        teacher_logits = teacher(batch["image"])
+        rows = elr.elr_plus_targets(torch.zeros(16, 4), teacher_logits, beta=0.7)
+        one_hot = nn.functional.one_hot(batch["label"], 4).float()
+        mixed = [elr.mixup(values, weight, permutation) for values in (batch["image"], one_hot, rows)]
+        lam = 3.0 * elr.sigmoid_ramp(1, 10)
+        loss = elr.elr_plus_loss(student(mixed[0]), mixed[1], mixed[2], lam, label_reweight=True)
+        seen.update(out=out, loss=loss, logits=teacher_logits)
+        return out
+
+    module.training_step = spy
+    fit(module, pictures(2), epochs=1)
+    torch.testing.assert_close(seen["out"]["logits"], seen["logits"])
+    torch.testing.assert_close(seen["out"]["loss"], seen["loss"])
 
 
 def test_elr_plus_needs_two_passes() -> None:
