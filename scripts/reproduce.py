@@ -212,6 +212,9 @@ def _result(future: Future) -> str | None:
         raise UserError(
             "a worker process died (out of memory, or killed); finished runs are kept, the same command continues"
         ) from error
+    except Exception as error:
+        # a mistake in one method must not cost the other runs
+        return f"{type(error).__name__}: {error}"
 
 
 def _default_jobs(jobs: list[Job]) -> int:
