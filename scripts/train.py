@@ -79,6 +79,8 @@ class RecipeCLI(LightningCLI):
             # Lightning calls what torch and jsonargparse have renamed
             warnings.filterwarnings("ignore", message=r".*LeafSpec.*deprecated")
             warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.")
+            # our epoch values are sums over the ranks already
+            warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log\(.*sync_dist")
             if verb != "fit":
                 # nor does a checkpoint's evaluation need the callbacks that recorded its training
                 warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks")
