@@ -130,6 +130,7 @@ def verb(argv: list[str]) -> int:
         raise UserError(f"{', '.join(slugs)} has no claims of scale {options.scale}")
     if options.seeds is not None:
         claims = [claim.with_seeds(parse_seeds(options.seeds)) for claim in claims]
+        print("seeds other than the claims' own: these verdicts are yours, the table of all claims does not count them")
     _check_writable(options.runs)
     return _reproduce(claims, options)
 
