@@ -30,13 +30,13 @@ def claim(**changes: Any) -> dict[str, Any]:
     return {key: value for key, value in {**CLAIM, **changes}.items() if value is not None}
 
 
-def write_paper(root: Path, *claims: dict[str, Any], slug: str = "toy", **document: Any) -> Path:
+def write_paper(root: Path, *claims: dict[str, Any], slug: str = "toy", family: str = "toys", **document: Any) -> Path:
     """Writes `root`/`slug` with its recipes and claims.yaml; returns that file."""
     folder = root / slug
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("mini", "mini-ce", "full"):
         (folder / f"{name}.yaml").write_text(f"# Recipe {name}\n# Paper: none; cost 1 CPU-minute\nname: {name}\n")
-    paper = {"title": "A Toy Paper", "arxiv": "2001.00001", "venue": "ToyConf 2020"}
+    paper = {"title": "A Toy Paper", "arxiv": "2001.00001", "venue": "ToyConf 2020", "family": family}
     path = folder / "claims.yaml"
     path.write_text(yaml.safe_dump({"paper": paper, "claims": list(claims) or [CLAIM], **document}, sort_keys=False))
     return path
