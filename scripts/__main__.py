@@ -7,7 +7,12 @@ import sys
 from scripts.errors import UserError
 
 LIGHTNING_VERBS = ("fit", "validate", "test", "predict")
-MODULES = {"list": "scripts.listing", "reproduce": "scripts.reproduce", "leaderboard": "scripts.leaderboard"}
+MODULES = {
+    "list": "scripts.listing",
+    "reproduce": "scripts.reproduce",
+    "leaderboard": "scripts.leaderboard",
+    "plot": "scripts.plot",
+}
 
 HELP = """usage: noisebench VERB ...
 
@@ -20,6 +25,7 @@ Train and check papers on noise in deep learning.
   test     --config RECIPE ...     evaluate a checkpoint on the test set
   predict  --config RECIPE ...     predict with a checkpoint
   leaderboard                      table of all claims from the records in runs/
+  plot     RUN ...                 learning curves of runs as PNG or SVG
 
 examples:
   noisebench reproduce elr

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,20 +126,48 @@ def read_records(runs: Path) -> tuple[list[Record], list[str]]:
     Raises:
         UserError: `runs` exists but cannot be read.
     """
-    try:
-        os.scandir(runs).close()
-    except FileNotFoundError:
+    if not readable(runs, "--runs"):
         return [], []
-    except OSError as error:
-        raise UserError(f"--runs: cannot read {runs.absolute()}: {error.strerror}") from error
     problems: list[str] = []
-    files = _record_files(runs, LEVELS, problems)
+    return load_records(_record_files(runs, problems), problems), problems
+
+
+def readable(folder: Path, option: str) -> bool:
+    """Whether the folder exists.
+
+    Raises:
+        UserError: it exists but cannot be read; names the option that gave it.
+    """
+    try:
+        os.scandir(folder).close()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise UserError(f"{option}: cannot read {folder.absolute()}: {error.strerror}") from error
+    return True
+
+
+def load_records(
+    files: Iterable[Path],
+    problems: list[str],
+    check: Callable[[Path, dict[str, Any]], str | None] = lambda file, data: None,
+) -> list[Record]:
+    """The records in these files; adds a line to `problems` for each that cannot be used.
+
+    Args:
+        files: record files, wherever they lie.
+        problems: is added to.
+        check: what is wrong with a record beyond its fields' types; None for nothing.
+    """
     recipe_hashes: dict[str, str | None] = {}
     code_hashes: dict[str, str] = {}
     records = []
     for file in files:
         data = _read(file, problems)
         if data is None:
+            continue
+        if wrong := check(file, data):
+            problems.append(f"{file}: {wrong}")
             continue
         name, config = data["recipe"], data["config_hash"]
         if name not in recipe_hashes:
@@ -148,7 +176,17 @@ def read_records(runs: Path) -> tuple[list[Record], list[str]]:
             code_hashes[config] = code_hash(data["config"])
         stale = (data["recipe_hash"], data["code_hash"]) != (recipe_hashes[name], code_hashes[config])
         records.append(Record(file, data, stale))
-    return records, problems
+    return records
+
+
+def folders_below(folder: Path, levels: int, problems: list[str]) -> list[Path]:
+    """Folders so many levels below, sorted; adds a line to `problems` for each that cannot be read."""
+    try:
+        inside = sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir())
+    except OSError as error:
+        problems.append(f"{folder}: {error.strerror}")
+        return []
+    return inside if levels == 1 else [file for below in inside for file in folders_below(below, levels - 1, problems)]
 
 
 def evaluate(claim: Claim, records: Sequence[Record]) -> ClaimResult:
@@ -226,16 +264,10 @@ def _current_recipe_hash(name: str) -> str | None:
         return None
 
 
-def _record_files(folder: Path, levels: int, problems: list[str]) -> list[Path]:
-    """record.json files so many folders below; runs that were set aside (`seed0.old1`) are left out."""
-    try:
-        inside = sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir())
-    except OSError as error:
-        problems.append(f"{folder}: {error.strerror}")
-        return []
-    if levels > 1:
-        return [file for below in inside for file in _record_files(below, levels - 1, problems)]
-    files = [below / "record.json" for below in inside if re.fullmatch(r"seed\d+", below.name)]
+def _record_files(runs: Path, problems: list[str]) -> list[Path]:
+    """The record.json of every run; runs that were set aside (`seed0.old1`) are left out."""
+    folders = folders_below(runs, LEVELS, problems)
+    files = [folder / "record.json" for folder in folders if re.fullmatch(r"seed\d+", folder.name)]
     return [file for file in files if os.path.lexists(file)]
 
 

@@ -82,7 +82,7 @@ def judge(
     sign = 1 if direction == "greater" else -1
     pairs = list(zip(treatment, other, strict=True))
     differences = [
-        _beyond_margin(m, c, sign, margin)
+        beyond_margin(m, c, sign, margin)
         for m, c in pairs
         if m is not None and c is not None and math.isfinite(m) and math.isfinite(c)
     ]
@@ -158,7 +158,7 @@ def _undecided(differences: list[float], failed: int) -> tuple[int | None, str]:
     return needed, f"the bounds enclose the margin; this spread would need {number} seeds"
 
 
-def _beyond_margin(metric: float, other: float, sign: int, margin: float) -> float:
+def beyond_margin(metric: float, other: float, sign: int, margin: float) -> float:
     """d_s; zero where only rounding keeps it from zero, so that 0.80 - 0.75 does not exceed a margin of 0.05."""
     difference = sign * (metric - other) - margin
     return 0.0 if abs(difference) <= 1e-14 * max(abs(metric), abs(other), abs(margin)) else difference

@@ -21,6 +21,7 @@ CLAIM: dict[str, Any] = {
     "seeds": [0, 1, 2],
     "paper": {"treatment": 0.89, "control": 0.81, "source": "Table 1"},
 }
+CLEAN = {"commit": "0123456789abcdef0123456789abcdef01234567", "dirty": False}
 CONFIG = {"model": {"class_path": "lightning_modules.networks.image.SmallResNet"}}
 
 
@@ -66,3 +67,13 @@ def add_arms(runs: Path, treatment: list[float | None], control: list[float | No
     for recipe, values in (("mini", treatment), ("mini-ce", control)):
         for seed, value in enumerate(values):
             add_record(runs, recipe, seed, value)
+
+
+def add_curves(record: Path, **curves: list[float]) -> Path:
+    """Writes metrics.csv beside a record: `epoch` and `step` count up, keywords give the metrics."""
+    length = len(next(iter(curves.values())))
+    columns = {"epoch": list(range(length)), "step": [80 * (epoch + 1) for epoch in range(length)], **curves}
+    lines = [",".join(columns), *(",".join(map(str, row)) for row in zip(*columns.values(), strict=True))]
+    path = record.with_name("metrics.csv")
+    path.write_text("\n".join(lines) + "\n")
+    return path

@@ -1,0 +1,313 @@
+"""The leaderboard as static pages: index.html and one file for each paper, each of them self-contained.
+
+Text from records and claims is escaped by Jinja2; styles and script are inside the file, and its policy
+(Content-Security-Policy) forbids any other. Imports no torch.
+"""
+
+import base64
+import contextlib
+import functools
+import hashlib
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import jinja2
+from markupsafe import Markup
+
+from callbacks.files import write_atomic
+from scripts import drawings, views
+from scripts.aggregate import Aggregate, HolmVerdict, holm_verdicts
+from scripts.claims import Paper
+from scripts.errors import UserError
+from scripts.external import External
+from scripts.leaderboard import mean_sd
+from scripts.published import Curves, curves_of, thin
+from scripts.records import ClaimResult
+from scripts.verdicts import VERDICTS
+
+TEMPLATES = Path(__file__).parent / "templates"
+SIGNS = dict(zip(VERDICTS, ("✓", "✕", "?", "○"), strict=True))
+"""Verdicts are told apart by word and sign, colour only helps."""
+
+MEANINGS = (
+    ("reproduced", "every seed finished and L exceeds the margin", "that the paper’s own numbers are met"),
+    ("not reproduced", "U is below the margin, or two or more treatment seeds failed", "that it is false elsewhere"),
+    ("inconclusive", "neither: the bounds enclose the margin, or a seed failed", "that there is no effect"),
+    ("not run", "a run has no record", "anything about the claim"),
+    ("stale", "recipe or code have changed since a run", "that the code of today was judged"),
+)
+COLUMNS = (
+    ("verdict", "Verdict", False),
+    ("paper", "Paper", False),
+    ("claim", "Claim", False),
+    ("scale", "Scale", False),
+    ("effect", "Effect [L, U]", True),
+    ("treatment", "Treatment", True),
+    ("control", "Control", True),
+    ("reported", "Paper’s own", True),
+    ("seeds", "Seeds", True),
+    ("cost", "CPU-s", True),
+)
+
+
+@dataclass(frozen=True)
+class ClaimRow:
+    """A row of the index; numbers to sort by, empty where there is none."""
+
+    result: ClaimResult
+    rank: int
+    effect: float | str
+    treatment: float | str
+    control: float | str
+    paper: float | str
+
+
+@dataclass
+class ClaimView:
+    """What a paper's page shows of a claim."""
+
+    result: ClaimResult
+    seeds: list[views.SeedRow]
+    diff: list[tuple[str, str | None, str | None]]
+    places: dict[str, list[views.Place]]
+    plans: list[drawings.Plan]
+    charts: list[drawings.Drawing]
+    see: list[str]
+    p: float | None
+    adjusted: float | None
+    external: list[External]
+
+    @property
+    def missing(self) -> bool:
+        """Whether a run has no record."""
+        return bool(self.result.missing)
+
+
+def build(
+    papers: Sequence[Paper],
+    results: Sequence[ClaimResult],
+    problems: Sequence[str],
+    target: Path,
+    external: Sequence[External] = (),
+    aggregate: Aggregate | None = None,
+) -> list[Path]:
+    """Writes index.html and <slug>.html for each paper, each in one step; nothing else in the folder is touched.
+
+    The bytes depend on the arguments alone, not on the time or the machine.
+
+    Args:
+        papers: all papers, in the order shown.
+        results: the results of their claims, likewise.
+        problems: records that could not be used, one line each.
+        target: folder of the pages; links to records are relative to it.
+        external: reported numbers; shown as such, in a section of their own.
+        aggregate: probability of improvement over papers; None for none.
+
+    Returns:
+        The files, index first.
+
+    Raises:
+        UserError: a page cannot be written, or a paper's slug is `index`.
+    """
+    if any(paper.slug == "index" for paper in papers):
+        raise UserError("a paper's folder must not be named 'index': index.html is the page of all papers")
+    broken = list(problems)
+    holm = dict(zip(map(id, results), holm_verdicts(results), strict=True))
+    shown: dict[str, list[ClaimView]] = {}
+    for paper in papers:
+        own = [result for result in results if result.claim.slug == paper.slug]
+        curves, unreadable = _read_curves(own)
+        broken += unreadable
+        shown[paper.slug] = _claim_views(own, curves, holm, external)
+    forests = drawings.forests(results)
+    everything = [view for claim_views in shown.values() for view in claim_views]
+    plans = [*forests, *(plan for view in everything for plan in view.plans)]
+    drawn = iter(drawings.draw(plans, drawings.drawn_in(_earlier(target, ["index", *shown]))))
+    index_drawings = list(itertools.islice(drawn, len(forests)))
+    for view in everything:
+        view.charts = list(itertools.islice(drawn, len(view.plans)))
+    environment = _environment(target)
+    pages = {
+        target / "index.html": environment.get_template("index.html").render(
+            papers=papers,
+            results=results,
+            rows=[_row(result) for result in results],
+            columns=COLUMNS,
+            meanings=MEANINGS,
+            tallies=_tallies(results),
+            forests=index_drawings,
+            holm=_holm_lines(list(holm.values())),
+            aggregate=aggregate,
+            external=external,
+            problems=broken,
+            num_records=len({record.path for result in results for record in result.records}),
+        )
+    }
+    for paper in papers:
+        pages[target / f"{paper.slug}.html"] = environment.get_template("paper.html").render(
+            paper=paper,
+            views=shown[paper.slug],
+            scales=_by_scale(shown[paper.slug]),
+            recipes=views.recipe_rows(paper.slug),
+            problems=[problem for problem in broken if f"/{paper.slug}/" in problem],
+        )
+    return [_write(file, text) for file, text in pages.items()]
+
+
+def _environment(target: Path) -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    style, script = ("\n" + (TEMPLATES / name).read_text() for name in ("base.css", "page.js"))
+    environment.globals |= {
+        "signs": SIGNS,
+        "style": Markup(style),
+        "script": Markup(script),
+        "style_hash": _digest(style),
+        "script_hash": _digest(script),
+    }
+    environment.filters |= {
+        "mean_sd": mean_sd,
+        "short": lambda value: _minus(f"{value:.4g}"),
+        "signed": lambda value: _minus(f"{value:+.4g}"),
+        "seconds": lambda value: f"{value:,.0f}",
+        "slug": lambda name: name.replace(" ", "-"),
+        "page": lambda slug: quote(f"{slug}.html"),
+        "reported": _reported,
+        "commit": views.commit,
+        "href": functools.partial(views.href, target=target),
+    }
+    environment.tests["web_address"] = lambda url: str(url).lower().startswith(("https://", "http://"))
+    return environment
+
+
+def _digest(text: str) -> Markup:
+    """How the page's policy names the one style sheet or script that it allows."""
+    return Markup(f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}")
+
+
+def _minus(text: str) -> str:
+    """A true minus sign, and the sign of infinity."""
+    return text.replace("-", "−").replace("inf", "∞")
+
+
+def _reported(numbers: dict[str, Any]) -> str:
+    """The paper's own numbers: `0.8915 vs 0.8188`, or by name where they are others."""
+    given = {key: value for key, value in numbers.items() if key != "source"}
+    if not given:
+        return "–"
+    if given.keys() == {"treatment", "control"}:
+        return f"{given['treatment']} vs {given['control']}"
+    return ", ".join(f"{value}" if key == "treatment" else f"{key} {value}" for key, value in given.items())
+
+
+def _row(result: ClaimResult) -> ClaimRow:
+    claim, verdict = result.claim, result.verdict
+    reported = claim.paper.get("treatment")
+    return ClaimRow(
+        result,
+        rank=VERDICTS.index(verdict.name),
+        effect="" if verdict.effect is None else verdict.effect,
+        treatment=_mean(result.treatment),
+        control=claim.threshold if claim.threshold is not None else _mean(result.control or ()),
+        paper=reported if isinstance(reported, int | float) else "",
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float | str:
+    found = [value for value in values if value is not None and math.isfinite(value)]
+    return math.fsum(found) / len(found) if found else ""
+
+
+def _tallies(results: Sequence[ClaimResult]) -> dict[str, Counter[str]]:
+    """How many claims of each scale have each verdict."""
+    scales = dict.fromkeys(result.claim.scale for result in results)
+    return {scale: Counter(r.verdict.name for r in results if r.claim.scale == scale) for scale in scales}
+
+
+def _by_scale(claim_views: Sequence[ClaimView]) -> dict[str, list[ClaimView]]:
+    scales = dict.fromkeys(view.result.claim.scale for view in claim_views)
+    return {scale: [view for view in claim_views if view.result.claim.scale == scale] for scale in scales}
+
+
+def _holm_lines(adjusted: Sequence[HolmVerdict]) -> list[str]:
+    """For each scale with runs: how many verdicts survive Holm's adjustment, and which do not."""
+    lines = []
+    for scale in dict.fromkeys(verdict.claim.scale for verdict in adjusted):
+        family = [v for v in adjusted if v.claim.scale == scale and v.p is not None]
+        held = [v for v in family if v.p is not None and v.p < 0.05]
+        lost = [f"{v.claim.slug}/{v.claim.id}" for v in held if v.name != "reproduced"]
+        if family:
+            lines.append(
+                f"{scale.capitalize()} scale: {len(held)} of the {len(family)} claims that were run are reproduced, "
+                f"each judged alone at 5 %; {len(held) - len(lost)} remain if the chance of even one false "
+                f"“reproduced” among all of them is held below 5 % (Holm)"
+                + (f". Not among them: {', '.join(lost)}." if lost else ".")
+            )
+    return lines
+
+
+def _claim_views(
+    results: Sequence[ClaimResult],
+    curves: dict[Path, Curves],
+    holm: dict[int, HolmVerdict],
+    external: Sequence[External],
+) -> list[ClaimView]:
+    """Claims in order. A curve of the same runs is drawn once, at the first claim that has it; later ones refer."""
+    drawn: dict[tuple[str, frozenset[Path]], str] = {}
+    found = []
+    for result in results:
+        claim, adjusted = result.claim, holm[id(result)]
+        plans, see = drawings.of_claim(result, curves, drawn)
+        found.append(
+            ClaimView(
+                result,
+                seeds=views.seed_rows(result),
+                diff=views.config_diff(result),
+                places={field: views.places(result.records, field) for field in ("hardware", "versions")},
+                plans=plans,
+                charts=[],
+                see=see,
+                p=adjusted.p,
+                adjusted=adjusted.adjusted,
+                external=[row for row in external if (row.paper, row.claim) == (claim.slug, claim.id)],
+            )
+        )
+    return found
+
+
+def _read_curves(results: Sequence[ClaimResult]) -> tuple[dict[Path, Curves], list[str]]:
+    """The curves of every record that counts, thinned as published ones are, and one line for each that is broken."""
+    found: dict[Path, Curves] = {}
+    broken = []
+    for record in {record.path: record for result in results for record in result.records}.values():
+        try:
+            found[record.path] = thin(curves_of(record))
+        except UserError as error:
+            broken.append(str(error))
+    return found, broken
+
+
+def _earlier(target: Path, names: Sequence[str]) -> Iterator[str]:
+    """The pages as they were, for the charts that they share with the new ones."""
+    for file in (target / f"{name}.html" for name in names):
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            yield file.read_text(encoding="utf-8")
+
+
+def _write(file: Path, text: str) -> Path:
+    try:
+        write_atomic(file, text)
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}") from error
+    return file
