@@ -5,10 +5,8 @@ markers, arms their own dashes. Each colour stands for a CSS custom property, wh
 """
 
 import functools
-import hashlib
 import io
 import math
-import re
 import statistics
 import textwrap
 import warnings
@@ -16,7 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec
-from xml.etree import ElementTree
+
+from scripts import svg
 
 if TYPE_CHECKING:  # half a second that the other verbs need not pay
     from matplotlib.axes import Axes
@@ -108,8 +107,8 @@ def _style() -> Iterator[None]:
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         warnings.simplefilter("ignore", matplotlib.MatplotlibDeprecationWarning)
         # rc_context does not bring the backend back
-        defaults = {key: value for key, value in matplotlib.rcParamsDefault.items() if "backend" not in key}
-        matplotlib.rcParams.update({**defaults, **STYLE})
+        settings: dict[Any, Any] = {k: v for k, v in matplotlib.rcParamsDefault.items() if "backend" not in k}
+        matplotlib.rcParams.update(settings | STYLE)
         yield
 
 
@@ -140,7 +139,7 @@ def forest(rows: Sequence[ForestRow], label: str = "effect (units of the claim's
     names = [_shortened(row.label, 56) for row in rows]
     numbers = [_interval(row) for row in rows]
     left, right = 0.2 + 0.075 * max(map(len, names)), 0.2 + 0.075 * max(map(len, numbers))
-    width, height, above, below = left + 3.6 + right, 0.26 * len(rows), 0.4, 0.55
+    width, height, above, below = left + 3.6 + right, 0.26 * len(rows), 0.35, 0.42
     figure = Figure(figsize=(width, height + above + below))
     total = height + above + below
     axes = figure.add_axes((left / width, below / total, 3.6 / width, height / total))
@@ -151,10 +150,10 @@ def forest(rows: Sequence[ForestRow], label: str = "effect (units of the claim's
         _forest_row(axes, place, row)
     axes.set_yticks(range(len(rows)), names)
     axes.tick_params(axis="y", pad=8)
-    axes.locator_params(axis="x", nbins=6)
+    axes.locator_params(axis="x", nbins=8)
     axes.grid(False, axis="y")
     axes.spines["left"].set_visible(False)
-    axes.set_xlabel(_plain(label))
+    axes.set_xlabel(svg.plain(label))
     beside = axes.get_yaxis_transform()
     for place, number in enumerate(numbers):
         axes.text(1.04, place, number, transform=beside, va="center_baseline")
@@ -195,7 +194,7 @@ def panels(arms: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], metrics:
         axes = figure.add_axes((place[0] / width, place[1] / height, place[2] / width, place[3] / height))
         drawn = [_arm(axes, *arm, metric, number, room=34 * columns) for number, arm in enumerate(arms.items())]
         handles = handles or [*drawn]
-        axes.set_title("\n".join(textwrap.wrap(_plain(label), 52)), loc="left", x=-0.15)
+        axes.set_title("\n".join(textwrap.wrap(svg.plain(label), 52)), loc="left", x=-0.15, y=1)
         axes.set_xlabel("epoch", labelpad=2)
         axes.locator_params(nbins=5)
         axes.locator_params(axis="x", integer=True)
@@ -243,7 +242,7 @@ def seeds(arms: Mapping[str, Sequence[float | None]], label: str, threshold: flo
     axes.set_xlim(-0.5, max(len(values), 1) - 0.5)
     axes.grid(False, axis="x")
     axes.locator_params(axis="y", nbins=5)
-    axes.set_title("\n".join(textwrap.wrap(_plain(label), 52)), loc="left", x=-0.15)
+    axes.set_title("\n".join(textwrap.wrap(svg.plain(label), 52)), loc="left", x=-0.15, y=1)
     return figure
 
 
@@ -262,78 +261,18 @@ def to_svg(figure: "Figure", title: str, label: str | None = None, *, inline: bo
         figure: what to draw.
         title: for the tooltip and screen readers.
         label: what screen readers say instead, e.g. the numbers in words; the title by default.
-        inline: for a page: no size (the page sets it), colours as `var(--arm1, #0072b2)`, ids of its own and no
-            style attributes, so that any Content-Security-Policy allows it. Otherwise a file for other programs.
+        inline: for a page: no size, for the page sets it, and colours as `var(--arm1, #0072b2)`. Otherwise a file for
+            other programs.
     """
     with _style():
         data = io.BytesIO()
         figure.savefig(data, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    root = ElementTree.fromstring(data.getvalue())
-    prefix = "c" + hashlib.sha256(data.getvalue() + title.encode()).hexdigest()[:8]
-    _tidy(root, prefix, inline)
-    if inline:
-        del root.attrib["width"], root.attrib["height"]
-    root.attrib |= {"xmlns": "http://www.w3.org/2000/svg", "role": "img", "aria-label": _plain(label or title)}
-    root.attrib |= {"font-family": SANS, "stroke-linejoin": "round", "stroke-linecap": "butt"}
-    heading = ElementTree.Element("title")
-    heading.text = _plain(title)
-    root.insert(0, heading)
-    return ElementTree.tostring(root, encoding="unicode") + "\n"
-
-
-def _tidy(root: ElementTree.Element, prefix: str, inline: bool) -> None:
-    """Takes away what only matplotlib needs, and what would leak into a page: namespaces, style sheet, ids."""
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if _local(child.tag) in ("metadata", "style"):
-                parent.remove(child)
-    colours = {value: f"var(--{name}, {value})" if inline else value for name, value in COLOURS.items()}
-    used: dict[str, str] = {}
-    for element in root.iter():
-        element.tag = _local(element.tag)
-        element.text, element.tail = (element.text or "").strip("\n ") or None, None
-        attributes = {_local(key): value for key, value in element.attrib.items()}
-        for declaration in attributes.pop("style", "").split(";"):
-            name, _, value = declaration.partition(":")
-            if name.strip() and name.strip() not in ("font", "font-family"):
-                attributes[name.strip()] = colours.get(value.strip(), value.strip())
-        element.attrib = {
-            key: _refer(key, value, used, prefix) for key, value in attributes.items() if key != "version"
-        }
-    for element in root.iter():
-        name = element.attrib.pop("id", "")
-        if name in used:
-            element.attrib["id"] = used[name]
-        if element.attrib.get("transform", "").startswith("rotate(-0 "):
-            del element.attrib["transform"]
-    for parent in list(root.iter()):
-        for child in [child for child in parent if child.tag in ("g", "defs") and not len(child)]:
-            parent.remove(child)
-
-
-def _refer(key: str, value: str, used: dict[str, str], prefix: str) -> str:
-    """An attribute's value: numbers to a hundredth of a point, references by new ids, which `used` collects."""
-    if key in ("d", "x", "y", "transform", "width", "height", "points"):
-        return re.sub(r"(\.\d\d)\d+", r"\1", " ".join(value.split()))
-    match = re.fullmatch(r"(url\()?#([^)]+)\)?", value) if key in ("href", "clip-path") else None
-    if match is None:
-        return value
-    new = used.setdefault(match[2], f"{prefix}-{len(used)}")
-    return f"url(#{new})" if match[1] else f"#{new}"
-
-
-def _local(name: str) -> str:
-    return name.rpartition("}")[2]
-
-
-def _plain(text: str) -> str:
-    """One line of characters that XML allows."""
-    return re.sub(r"[^\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "�", " ".join(text.split()))
+    return svg.clean(data.getvalue(), title, label or title, SANS, COLOURS if inline else None)
 
 
 def _shortened(text: str, most: int) -> str:
     """Both ends of a name that is longer: what tells two names apart often stands last."""
-    text = _plain(text)
+    text = svg.plain(text)
     return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-(most // 2) :]}"
 
 

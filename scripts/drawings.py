@@ -90,7 +90,7 @@ def of_claim(
         Plan(
             "seeds",
             (dict(zip(labels, values, strict=True)), own, claim.threshold),
-            f"{own}, each seed",
+            f"{claim.id}: {own} of each seed",
             CAPTIONS["seeds"],
         )
     ]
@@ -152,11 +152,11 @@ def drawn_in(pages: Iterable[str]) -> dict[str, str]:
     """Charts of pages written earlier, by their keys; a chart that was changed by hand is left out."""
     found = {}
     for page in pages:
-        for key, digest, svg in re.findall(
+        for key, digest, text in re.findall(
             r'<figure data-chart="(\w+) (\w+)"[^>]*>.*?(<svg.*?</svg>\n)', page, re.DOTALL
         ):
-            if _hash(svg) == digest:
-                found[key] = svg
+            if _hash(text) == digest:
+                found[key] = text
     return found
 
 
@@ -171,7 +171,8 @@ def _key(plan: Plan) -> str:
 
 @functools.cache
 def _drawn_by() -> str:
-    return f"{metadata.version('matplotlib')} {Path(charts.__file__).read_text()}"
+    code = [Path(__file__).with_name(name).read_text() for name in ("charts.py", "svg.py")]
+    return " ".join([metadata.version("matplotlib"), *code])
 
 
 def _hash(text: str) -> str:

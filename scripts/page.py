@@ -10,6 +10,7 @@ import functools
 import hashlib
 import itertools
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -181,6 +182,7 @@ def _environment(target: Path) -> jinja2.Environment:
         "short": lambda value: _minus(f"{value:.4g}"),
         "signed": lambda value: _minus(f"{value:+.4g}"),
         "seconds": lambda value: f"{value:,.0f}",
+        "utc": lambda text: re.sub(r"^(\d{4}-\d\d-\d\d)T(\d\d:\d\d).*\+00:00$", r"\1 \2 UTC", text),
         "slug": lambda name: name.replace(" ", "-"),
         "page": lambda slug: quote(f"{slug}.html"),
         "reported": _reported,
