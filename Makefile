@@ -15,7 +15,7 @@ lint: .venv/installed-dev
 	$(BIN)/mypy
 
 bench: .venv/installed-dev
-	$(BIN)/python -m pytest tests/benchmarks -o addopts="-q" --benchmark-columns=median,min,rounds
+	$(BIN)/python -m pytest tests/benchmarks -s -o addopts="-q" --benchmark-columns=median,min,rounds
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "noisebench needs Python 3.11 or newer, found " + sys.version.split()[0] + "; try: make PYTHON=python3.12 $(MAKECMDGOALS)")'

@@ -13,7 +13,11 @@ from callbacks.files import write_atomic
 from scripts import recipes
 from scripts.claims import Paper, load_paper
 from scripts.errors import UserError
-from scripts.records import ClaimResult, evaluate, read_records
+from scripts.external import FILE as REPORTED
+from scripts.external import External, add_external, read_external
+from scripts.published import publish, read_published
+from scripts.readme import between_markers
+from scripts.records import ClaimResult, Record, evaluate, read_records
 from scripts.verdicts import VERDICTS
 
 LEGEND = """Effect: mean over seeds of ±(treatment − control or threshold), positive in the direction that the claim
@@ -27,6 +31,9 @@ accuracies and shares are fractions of 1. CPU-s: all runs of a claim; claims may
 | **inconclusive** | neither: the bounds enclose the margin, or a seed failed | that there is no effect |
 | **not run** | a run has no record | anything about the claim |
 | *stale* | recipe or code have changed since a run | that the code of today was judged |"""
+
+DOCS = Path("docs/leaderboard")
+"""In a checkout: published records, reported results and the page made from them."""
 
 SECTIONS = {
     "mini": "Mini scale\n\nSmall nets and data: whether the effect shows at all. Says nothing of the paper's scale.",
@@ -45,7 +52,12 @@ COLUMNS = (
 )
 
 
-def render(papers: Sequence[Paper], results: Sequence[ClaimResult]) -> str:
+def render(
+    papers: Sequence[Paper],
+    results: Sequence[ClaimResult],
+    reported: Sequence[External] = (),
+    problems: Sequence[str] = (),
+) -> str:
     """The page in Markdown: one table per scale, claims in the papers' order, failing ones among the others."""
     lines = ["# Verdicts", "", LEGEND, ""]
     for scale, heading in SECTIONS.items():
@@ -54,8 +66,10 @@ def render(papers: Sequence[Paper], results: Sequence[ClaimResult]) -> str:
             lines += [f"## {heading}", "", f"{tally(rows)}.", ""]
             lines += [_row(COLUMNS), _row(["---"] * len(COLUMNS))]
             lines += [_row(_cells(result)) for result in rows] + [""]
-    lines += ["## Papers", ""]
+    lines += [*_many_claims(results), *_reported(reported), "## Papers", ""]
     lines += [f"- `{paper.slug}`: {paper.title} ({paper.venue}, arXiv {paper.arxiv})" for paper in papers]
+    if problems:
+        lines += ["", "## Records that could not be used", "", *(f"- {problem}" for problem in problems)]
     return "\n".join(lines) + "\n"
 
 
@@ -94,11 +108,10 @@ def mean_sd(values: Sequence[float | None]) -> str:
     return f"{statistics.fmean(found):.4g} ± {statistics.stdev(found):.2g} {count}"
 
 
-def build(runs: Path) -> tuple[list[Paper], list[ClaimResult], list[str]]:
-    """All papers, the results of their claims, and problems with single records."""
-    records, problems = read_records(runs)
+def judge_all(records: Sequence[Record]) -> tuple[list[Paper], list[ClaimResult]]:
+    """All papers, and what these records say of each of their claims."""
     papers = [load_paper(slug) for slug in recipes.papers()]
-    return papers, [evaluate(claim, records) for paper in papers for claim in paper.claims], problems
+    return papers, [evaluate(claim, records) for paper in papers for claim in paper.claims]
 
 
 def write(runs: Path) -> Path:
@@ -107,42 +120,135 @@ def write(runs: Path) -> Path:
     Raises:
         UserError: the folder cannot be read or written.
     """
-    papers, results, problems = build(runs)
-    return _write(runs, papers, results, problems)
+    records, problems = read_records(runs)
+    return _write(runs / "leaderboard.md", render(*judge_all(records), problems=problems), "--runs")
 
 
 def verb(argv: list[str]) -> int:
     """Entry of `noisebench leaderboard`; 1 if a record could not be used."""
     parser = argparse.ArgumentParser(
         prog="noisebench leaderboard",
-        description="Reads the records of all runs and writes the table of verdicts to leaderboard.md among them.",
-        epilog="example: noisebench leaderboard --runs runs",
+        description="Reads the records of all runs and writes the table of verdicts to leaderboard.md among them. In a "
+        "checkout it also writes docs/leaderboard/README.md and the README's table anew from the published records.",
+        epilog="examples: noisebench leaderboard --runs runs; noisebench leaderboard --publish",
         allow_abbrev=False,
     )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
+    parser.add_argument(
+        "--publish",
+        action="store_true",
+        help="first copy the records that count for a claim to docs/leaderboard/records",
+    )
+    parser.add_argument("--force", action="store_true", help="publish records of a changed tree, stale or failed too")
+    parser.add_argument(
+        "--add", type=Path, metavar="CSV", help="results that others report; columns: scripts/external.py"
+    )
     options = parser.parse_args(argv)
-    papers, results, problems = build(options.runs)
-    if not options.runs.exists():
+    committed = options.publish or options.add is not None or (DOCS / "records").is_dir()
+    if not options.runs.is_dir() and (options.publish or not committed):
         raise UserError(f"--runs: no folder {options.runs.absolute()}; `noisebench reproduce` makes it")
+    records, problems = read_records(options.runs)
+    papers, results = judge_all(records)
     for result in results:
         if result.records:
             print(verdict_lines(result))
     print(f"{len(results)} claims: {tally(results)}")
+    if options.runs.is_dir():
+        text = render(papers, results, problems=problems)
+        print(f"table of all claims: {_write(options.runs / 'leaderboard.md', text, '--runs')}")
+    if committed:
+        problems += _commit_pages(results if options.publish else [], options.add, options.force)
     for problem in problems:
         print(f"skipped: {problem}", file=sys.stderr)
-    print(f"table of all claims: {_write(options.runs, papers, results, problems)}")
     return 1 if problems else 0
 
 
-def _write(runs: Path, papers: list[Paper], results: list[ClaimResult], problems: list[str]) -> Path:
-    text = render(papers, results)
-    if problems:
-        text += "\n## Records that could not be used\n\n" + "".join(f"- {problem}\n" for problem in problems)
-    path = runs / "leaderboard.md"
+def _commit_pages(results: Sequence[ClaimResult], reported: Path | None, force: bool) -> list[str]:
+    """Adds what is new to the published records and reported results, and writes what is made from them."""
+    readme = Path("README.md")
+    if not readme.is_file():
+        raise UserError(f"--publish, --add: no {readme.absolute()}; they work in a checkout of noisebench")
+    if reported is not None:
+        print(f"reported results: {add_external(reported, DOCS)}")
+    if results:
+        chosen = {record.path: record for result in results for record in result.records}
+        print(f"published {len(publish(list(chosen.values()), DOCS / 'records', force))} records")
+    old = readme.read_text()
+    page, text, problems = committed_pages(DOCS, old)
+    print(f"table of published records: {_write(DOCS / 'README.md', page, '--publish')}")
+    if text != old:
+        _write(readme, text, "--publish")
+    return problems
+
+
+def committed_pages(docs: Path, readme: str) -> tuple[str, str, list[str]]:
+    """The page and the README as they follow from the published records and reported results.
+
+    Returns:
+        Text of `<docs>/README.md`, text of the README, and problems with single records.
+    """
+    records, problems = read_published(docs / "records")
+    papers, results = judge_all(records)
+    reported = read_external(docs / REPORTED) if (docs / REPORTED).exists() else []
+    page = render(papers, results, reported, problems)
+    return page, between_markers(readme, "verdicts", summary(results)), problems
+
+
+def summary(results: Sequence[ClaimResult]) -> str:
+    """A short table of the claims that have been run, for the README."""
+    run = [result for result in results if result.records]
+    rows = [("Claim", "Scale", "Verdict", "Effect [L, U], margin", "Seeds"), ("---",) * 5]
+    for result in run:
+        claim, verdict = result.claim, result.verdict
+        name = f"**{verdict.name}**{' *stale*' if result.stale else ''}"
+        rows.append((f"`{claim.slug}` {claim.text}", claim.scale, name, _effect(result), str(verdict.num_seeds)))
+    return "\n".join([*map(_row, rows), "", f"Of all {len(results)} claims: {tally(results)}."])
+
+
+def _many_claims(results: Sequence[ClaimResult]) -> list[str]:
+    """What Holm's correction changes, and the figure over papers where there is one."""
+    from scripts.aggregate import aggregate, holm_verdicts, why_none  # with NumPy, which `list` need not load
+
+    adjusted = holm_verdicts(results)
+    changed = [
+        f"`{after.claim.slug}/{after.claim.id}` (p {after.p:.2g}, adjusted {after.adjusted:.2g})"
+        for after, result in zip(adjusted, results, strict=True)
+        if after.name != result.verdict.name
+    ]
+    held = sum(after.name == "reproduced" for after in adjusted)
+    lines = ["## Many claims at once", "", f"Holm's correction over the claims of each scale leaves {held} reproduced."]
+    lines += [f"It takes the verdict from: {', '.join(changed)}."] if changed else []
+    for scale in SECTIONS:
+        found = aggregate(results, scale)
+        if found is None:
+            lines += [why_none(results, scale)]
+            continue
+        lines += [
+            f"At {scale} scale a treatment beats its control with probability {found.improvement:.2f} "
+            f"[{found.low:.2f}, {found.high:.2f}], mean over {len(found.per_paper)} papers ({found.num_claims} claims)."
+        ]
+    return [*lines, ""]
+
+
+def _reported(reported: Sequence[External]) -> list[str]:
+    """Results of others, apart from ours."""
+    if not reported:
+        return []
+    head = ("Paper", "Claim or recipe", "Metric", "Treatment", "Control", "Source")
+    rows = [head, ("---",) * len(head)]
+    for result in reported:
+        source = f"{result.source} <{result.url}>" if result.url else result.source
+        control = "–" if result.control is None else f"{result.control:g}"
+        beside = result.claim or result.recipe or ""
+        rows.append((result.paper, beside, result.metric, f"{result.treatment:g}", control, source))
+    return ["## Reported by others", "", "Not verified here.", "", *map(_row, rows), ""]
+
+
+def _write(path: Path, text: str, option: str) -> Path:
     try:
         write_atomic(path, text)
     except OSError as error:
-        raise UserError(f"--runs: cannot write {path}: {error.strerror}") from error
+        raise UserError(f"{option}: cannot write {path}: {error.strerror}") from error
     return path
 
 

@@ -43,8 +43,9 @@ def publish(records: Sequence[Record], target: Path, force: bool = False) -> lis
         Files written, sorted.
 
     Raises:
-        UserError: a record comes from a changed tree or an unknown commit, failed, is stale or has overrides, and
-            `force` is not set; broken curves; a file cannot be written. Nothing is written in the first two cases.
+        UserError: a record comes from a changed tree or an unknown commit, failed for an outside reason, is stale or
+            has overrides, and `force` is not set; broken curves; a file cannot be written. Nothing is written in the
+            first two cases.
     """
     chosen: dict[Path, Record] = {}
     for record in records:
@@ -164,7 +165,7 @@ def _doubts(record: Record) -> list[str]:
         doubts.append("unknown commit")
     elif git.get("dirty") is not False:
         doubts.append("from a tree with changes that are in no commit")
-    if not record.finished:
+    if record.failed_from_outside:  # one that diverged is a result, and stays in
         doubts.append(f"{record.data['status']} ({record.data.get('reason')})")
     if record.stale:
         doubts.append("stale: recipe or code have changed since")

@@ -294,7 +294,9 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
     root = Path(__file__).parents[1]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    subprocess.run([*command, str(tmp_path / "two.pt")], check=True, env=environment, capture_output=True, timeout=120)
+    words = [*command, str(tmp_path / "two.pt")]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
     one, two = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "two"))
     torch.testing.assert_close(two["weights"], one["weights"], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(two["targets"], one["targets"], rtol=1e-5, atol=1e-6)

@@ -2,16 +2,18 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from paper_room import add_arms, add_record, claim, write_paper
+from paper_room import CLEAN, add_arms, add_record, claim, write_paper
 
 from scripts import leaderboard, recipes
 from scripts.__main__ import main
 from scripts.claims import load_paper
+from scripts.errors import UserError
 from scripts.leaderboard import verdict_lines
 from scripts.records import evaluate, read_records
 
@@ -24,6 +26,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(recipes, "ROOT", tmp_path / "recipes")
     write_paper(tmp_path / "recipes")
     (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)  # away from the pages that are committed here
     return tmp_path / "runs"
 
 
@@ -168,3 +171,77 @@ def test_read_only_folder_still_prints_the_verdicts(
     assert printed.out.startswith("REPRODUCED")
     assert f"--runs: cannot write {runs / 'leaderboard.md'}: Permission denied" in printed.err
     assert (runs / "leaderboard.md").read_text() == "old"
+
+
+# the committed pages
+
+
+@pytest.fixture
+def checkout(runs: Path) -> Path:
+    """A checkout with a README and three finished pairs of runs from a clean tree."""
+    root = runs.parent
+    (root / "README.md").write_text("# Toy\n\n<!-- noisebench:verdicts -->\n<!-- /noisebench:verdicts -->\n\nEnd.\n")
+    for seed, (method, control) in enumerate(zip([0.80, 0.81, 0.82], [0.60, 0.62, 0.61], strict=True)):
+        add_record(runs, "mini", seed, method, git=CLEAN)
+        add_record(runs, "mini-ce", seed, control, git=CLEAN)
+    return root
+
+
+def test_publish_writes_records_page_and_readme(checkout: Path) -> None:
+    assert leaderboard.verb(["--publish"]) == 0
+    assert len(list((checkout / "docs/leaderboard/records").rglob("seed*.json"))) == 6
+    readme = (checkout / "README.md").read_text()
+    assert "| `toy` The method beats the control | mini | **reproduced** | +0.2 [" in readme
+    assert readme.startswith("# Toy\n")
+    assert readme.endswith("\n\nEnd.\n")
+    assert "0.81 ± 0.01 (3) `mini`" in (checkout / "docs/leaderboard/README.md").read_text()
+
+
+def test_committed_pages_are_made_from_published_records_alone(checkout: Path) -> None:
+    leaderboard.verb(["--publish"])
+    before = (checkout / "README.md").read_text()
+    shutil.rmtree(checkout / "runs")
+    assert leaderboard.verb([]) == 0
+    assert (checkout / "README.md").read_text() == before
+
+
+def test_changed_recipe_shows_as_stale_in_the_readme(checkout: Path) -> None:
+    leaderboard.verb(["--publish"])
+    (recipes.ROOT / "toy" / "mini.yaml").write_text("name: other\n")
+    leaderboard.verb([])
+    assert "**reproduced** *stale*" in (checkout / "README.md").read_text()
+
+
+def test_reported_results_stand_apart(checkout: Path) -> None:
+    table = checkout / "others.csv"
+    table.write_text("paper,claim,metric,treatment,control,source\ntoy,beats,test/acc_last,0.9,0.7,Someone 2025\n")
+    assert leaderboard.verb(["--add", str(table)]) == 0
+    page = (checkout / "docs/leaderboard/README.md").read_text()
+    assert "| toy | beats | test/acc_last | 0.9 | 0.7 | Someone 2025 |" in page.split("## Reported by others")[1]
+    assert "0.9" not in page.split("## Reported by others")[0]
+
+
+def test_publishing_outside_a_checkout_is_refused(checkout: Path) -> None:
+    (checkout / "README.md").unlink()
+    with pytest.raises(UserError, match="they work in a checkout of noisebench"):
+        leaderboard.verb(["--publish"])
+
+
+def test_holms_correction_takes_a_weak_verdict_away(runs: Path) -> None:
+    claims = [claim(id=f"c{number}") for number in range(5)]
+    write_paper(recipes.ROOT, *claims)
+    add_arms(runs, [0.80, 0.82, 0.90], [0.70, 0.69, 0.70])
+    text = leaderboard.write(runs).read_text()
+    assert text.count("**reproduced**: every seed") == 5
+    assert "Holm's correction over the claims of each scale leaves 0 reproduced." in text
+    assert "`toy/c0` (p 0.04" in text
+
+
+def test_committed_readme_and_page_are_up_to_date() -> None:
+    """After a change of code or recipes: `noisebench leaderboard` writes them anew, `--publish` adds new records."""
+    root = Path(__file__).parents[1]
+    readme = (root / "README.md").read_text()
+    page, text, problems = leaderboard.committed_pages(root / "docs" / "leaderboard", readme)
+    assert problems == []
+    assert text == readme
+    assert page == (root / "docs" / "leaderboard" / "README.md").read_text()

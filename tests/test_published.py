@@ -131,7 +131,7 @@ def test_short_curves_are_left_whole() -> None:
         ({"git": {"commit": "abc", "dirty": None}}, "from a tree with changes that are in no commit"),
         ({"git": {"commit": None, "dirty": None}}, "unknown commit"),
         ({"git": "main"}, "unknown commit"),
-        ({"status": "failed", "reason": "NonFiniteLossError: nan"}, r"failed \(NonFiniteLossError: nan\)"),
+        ({"status": "failed", "reason": "OSError: disk full"}, r"failed \(OSError: disk full\)"),
         ({"code_hash": "older"}, "stale: recipe or code have changed since"),
         ({"overrides": ["--model.lam", "5"]}, "other settings than its recipe's: --model.lam 5"),
     ],
@@ -148,11 +148,17 @@ def test_unfit_record_is_refused_and_force_publishes_it(
 
 
 def test_every_refused_record_is_named_with_all_its_reasons(runs: Path, target: Path) -> None:
-    paths = [add_record(runs, "mini", seed, None, overrides=["a"]) for seed in range(2)]
+    failed = {"status": "failed", "reason": "MemoryError: none left"}
+    paths = [add_record(runs, "mini", seed, None, overrides=["a"], **failed) for seed in range(2)]
     with pytest.raises(UserError) as refusal:
         publish(local(runs), target)
-    reason = "unknown commit, failed (NonFiniteLossError: diverged), other settings than its recipe's: a"
+    reason = "unknown commit, failed (MemoryError: none left), other settings than its recipe's: a"
     assert [f"  {path}: {reason}" in str(refusal.value) for path in paths] == [True, True]
+
+
+def test_run_that_diverged_is_a_result_and_is_published(runs: Path, target: Path) -> None:
+    add_record(runs, "mini", 0, None, git=CLEAN)
+    assert len(publish(local(runs), target)) == 1
 
 
 @pytest.mark.parametrize("recipe", ["mini", "../mini", "toy/..", "toy/a/b", "/mini", "toy/a\\b"])

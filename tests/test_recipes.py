@@ -1,5 +1,7 @@
 """Every recipe: header, settings, net, one training step through the real entry point."""
 
+import functools
+import importlib
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -105,6 +107,24 @@ def _heavy(path: Path) -> bool:
 
 def _params(paths: Iterable[Path], heavy: Callable[[Path], bool]) -> list[Any]:
     return [pytest.param(path, id=name_of(path), marks=[pytest.mark.slow] if heavy(path) else []) for path in paths]
+
+
+@functools.cache
+def _parameters(class_path: str, arguments: str) -> int:
+    module, _, name = class_path.rpartition(".")
+    options = {**json.loads(arguments), **({"pretrained": False} if name == "TimmNet" else {})}
+    with torch.device("meta"):
+        net = getattr(importlib.import_module(module), name)(**options)
+    return sum(p.numel() for p in net.parameters())
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_header_states_the_parameters_of_the_net(path: Path) -> None:
+    model = merged(path)["model"]
+    net = model["init_args"]["net"]
+    nets, parameters = _stated_parameters(path)
+    assert parameters == _parameters(net["class_path"], json.dumps(net.get("init_args", {})))
+    assert nets == (2 if model["class_path"].endswith("ELRPlus") else 1)
 
 
 @pytest.mark.parametrize("path", _params(_kinds().values(), _heavy))
