@@ -24,7 +24,7 @@ Train and check papers on noise in deep learning.
   validate --config RECIPE ...     evaluate a checkpoint on the validation sets
   test     --config RECIPE ...     evaluate a checkpoint on the test set
   predict  --config RECIPE ...     predict with a checkpoint
-  leaderboard                      table of all claims from the records in runs/
+  leaderboard                      pages of all claims from the records in runs/
   plot     RUN ...                 learning curves of runs as PNG or SVG
 
 examples:

@@ -1,4 +1,4 @@
-"""Charts from plain data: forest of effects, learning curves with bands, values by seed. Imports no torch.
+"""Charts from plain data: forest of effects, learning curves with bands. Imports no torch.
 
 Colours are Okabe and Ito's, told apart by colour-blind readers, and never the only sign: verdicts have their own
 markers, arms their own dashes. Each colour stands for a CSS custom property, which `to_svg` puts in its place.
@@ -6,6 +6,7 @@ markers, arms their own dashes. Each colour stands for a CSS custom property, wh
 
 import functools
 import io
+import itertools
 import math
 import statistics
 import textwrap
@@ -87,6 +88,7 @@ class ForestRow:
         lower, upper: bounds of the effect; infinite ones end in an arrow.
         margin: least effect that the claim asserts, in the same units.
         verdict: reproduced, not reproduced, inconclusive or not run.
+        seeds: effect of each seed, small dots.
     """
 
     label: str
@@ -95,6 +97,7 @@ class ForestRow:
     upper: float | None
     margin: float
     verdict: str
+    seeds: tuple[float, ...] = ()
 
 
 @contextmanager
@@ -159,17 +162,24 @@ def forest(rows: Sequence[ForestRow], label: str = "effect (units of the claim's
         axes.text(1.04, place, number, transform=beside, va="center_baseline")
     handles = [_forest_handle(verdict) for verdict in MARKERS if any(row.verdict == verdict for row in rows)]
     margin = _line(marker="|", markersize=9, markeredgewidth=1.4, color=COLOURS["ink"], label="margin")
-    figure.legend(handles=[*handles, margin], loc="upper center", ncols=4, borderaxespad=0.3, columnspacing=1.2)
+    handles.append(margin)
+    if any(row.seeds for row in rows):
+        handles.append(_line(marker=".", markersize=3, alpha=0.7, color=COLOURS["ink"], label="each seed"))
+    figure.legend(handles=handles, loc="upper center", ncols=5, borderaxespad=0.3, columnspacing=1.2)
     return figure
 
 
-def curves(arms: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], metric: str, label: str) -> "Figure":
+def curves(
+    arms: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], metric: str, label: str, legend: bool = True
+) -> "Figure":
     """Learning curves of one metric: see `panels`."""
-    return panels(arms, {metric: label})
+    return panels(arms, {metric: label}, legend)
 
 
 @_styled
-def panels(arms: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], metrics: Mapping[str, str]) -> "Figure":
+def panels(
+    arms: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], metrics: Mapping[str, str], legend: bool = True
+) -> "Figure":
     """Learning curves, one panel for each metric: the mean over seeds, a band from the lowest to the highest seed.
 
     Mean and band are drawn where every run has a finite value: they end where the first run does, and the legend says
@@ -178,13 +188,14 @@ def panels(arms: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], metrics:
     Args:
         arms: for each arm its runs; a run maps `epoch` and metrics to values of equal length.
         metrics: for each metric the heading of its panel, with the unit.
+        legend: False beside a chart of the same arms that has it.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     columns = min(len(metrics), 3)
     lines = -(-len(metrics) // columns)
-    above, below = 0.05 + 0.17 * (len(arms) + 1), 0.4
+    above, below = 0.05 + 0.17 * (len(arms) + 1) * legend, 0.4
     width, height = 4.2 * columns, lines * 2.5 + above
     figure = Figure(figsize=(width, height))
     handles: list[Line2D | Patch] = []
@@ -199,50 +210,12 @@ def panels(arms: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], metrics:
         axes.locator_params(nbins=5)
         axes.locator_params(axis="x", integer=True)
         axes.margins(x=0.01)
+    if not legend:
+        return figure
     if any(len(runs) > 1 for runs in arms.values()):
         text = "band: lowest to highest seed; thin lines: each seed"
         handles.append(Patch(facecolor=COLOURS["ink"], alpha=0.2, linewidth=0, label=text))
     figure.legend(handles=handles, loc="upper left", borderaxespad=0.3, handlelength=2.6, labelspacing=0.25)
-    return figure
-
-
-@_styled
-def seeds(arms: Mapping[str, Sequence[float | None]], label: str, threshold: float | None = None) -> "Figure":
-    """Values by seed: one column for each arm, pairs of a seed joined, the arm's mean as a bar.
-
-    Args:
-        arms: for each arm one value a seed, in the same order; None or not finite for a run that is missing or failed.
-        label: heading, with the unit.
-        threshold: what the values are held against, drawn as a line.
-
-    Raises:
-        ValueError: arms of different length.
-    """
-    from matplotlib.figure import Figure
-
-    values = [[_or_nan(value) for value in arm] for arm in arms.values()]
-    if len({len(arm) for arm in values}) > 1:
-        raise ValueError(f"all arms must have the same seeds, got {[len(arm) for arm in values]}")
-    figure = Figure(figsize=(4.2, 2.6))
-    axes = figure.add_axes((0.6 / 4.2, 0.38 / 2.6, 3.45 / 4.2, 1.88 / 2.6))
-    for pair in zip(*values, strict=True):
-        axes.plot(range(len(pair)), pair, color=COLOURS["ink"], linewidth=0.7, alpha=0.6)
-    for number, arm in enumerate(values):
-        colour, found = _arm_colour(number), [value for value in arm if not math.isnan(value)]
-        axes.plot([number] * len(arm), arm, "oDsv^P"[number % 6], color=colour, markersize=5)
-        if found:
-            axes.plot([number - 0.16, number + 0.16], [statistics.fmean(found)] * 2, color=colour, linewidth=2)
-    if threshold is not None:
-        axes.axhline(threshold, color=COLOURS["ink"], linewidth=1, linestyle="--")
-        axes.text(
-            1, threshold, f"threshold {threshold:g}", transform=axes.get_yaxis_transform(), ha="right", va="bottom"
-        )
-    room = 44 // max(len(arms), 1)
-    axes.set_xticks(range(len(arms)), [_counted(name, arm, room) for name, arm in zip(arms, values, strict=True)])
-    axes.set_xlim(-0.5, max(len(values), 1) - 0.5)
-    axes.grid(False, axis="x")
-    axes.locator_params(axis="y", nbins=5)
-    axes.set_title("\n".join(textwrap.wrap(svg.plain(label), 52)), loc="left", x=-0.15, y=1)
     return figure
 
 
@@ -289,11 +262,6 @@ def _arm_colour(number: int) -> str:
     return COLOURS[f"arm{number % 6 + 1}"]
 
 
-def _counted(name: str, values: Sequence[float], room: int) -> str:
-    missing = sum(map(math.isnan, values))
-    return _shortened(name, room) + (f"\n{missing} of {len(values)} without a value" if missing else "")
-
-
 def _arm(
     axes: "Axes", name: str, runs: Sequence[Mapping[str, Sequence[float]]], metric: str, number: int, room: int
 ) -> "Line2D":
@@ -306,8 +274,8 @@ def _arm(
     last = max((max(run) for run in points), default=0)
     early = sum(max(run) < last for run in points)
     if len(points) > 1:
-        for run in points:
-            axes.plot(list(run), list(run.values()), color=colour, linewidth=0.5, alpha=0.55)
+        apart = [*itertools.chain.from_iterable([*run.items(), (math.nan, math.nan)] for run in points)]
+        axes.plot(*zip(*apart, strict=True), color=colour, linewidth=0.5, alpha=0.55)
         axes.fill_between(
             epochs, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.2, linewidth=0
         )
@@ -339,7 +307,7 @@ def _forest_handle(verdict: str) -> "Line2D":
 
 def _limits(axes: "Axes", rows: Sequence[ForestRow]) -> None:
     """Room for every finite number and for zero."""
-    given = [value for row in rows for value in (row.effect, row.lower, row.upper, row.margin) if value is not None]
+    given = [v for row in rows for v in (row.effect, row.lower, row.upper, row.margin, *row.seeds) if v is not None]
     numbers = [0.0, *filter(_drawable, given)]
     low, high = min(numbers), max(numbers)
     room = 0.06 * (high - low) or 1.0
@@ -357,6 +325,8 @@ def _forest_row(axes: "Axes", place: int, row: ForestRow) -> None:
     for end, bound, arrow in zip(ends, (row.lower, row.upper), "<>", strict=True):
         if not _drawable(bound):
             axes.plot([end], [place], arrow, color=COLOURS[colour], markersize=5, clip_on=False)
+    if found := list(filter(_drawable, row.seeds)):
+        axes.plot(found, [place + 0.27] * len(found), ".", color=COLOURS["ink"], markersize=3, alpha=0.7)
     axes.plot([row.effect], [place], marker, color=COLOURS[colour], markersize=6)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from scripts import recipes
 from scripts.errors import UserError
 
-PAPER_KEYS = ("title", "arxiv", "venue")
+PAPER_KEYS = ("title", "arxiv", "venue", "family")
 REQUIRED = ("id", "text", "scale", "treatment", "metric", "direction", "seeds")
 OPTIONAL = ("control", "control_metric", "margin", "threshold", "paper", "extra")
 
@@ -70,12 +70,13 @@ class Claim:
 
 @dataclass(frozen=True)
 class Paper:
-    """A paper and its claims, in the order of the file."""
+    """A paper and its claims, in the order of the file; `family` is what kind of noise it is about."""
 
     slug: str
     title: str
     arxiv: str
     venue: str
+    family: str
     claims: tuple[Claim, ...]
 
 
@@ -104,7 +105,7 @@ def load_paper(slug: str) -> Paper:
         if claim.id in found:
             raise UserError(f"{path}: claim {claim.id!r}: id is used twice; each claim needs its own")
         found[claim.id] = claim
-    return Paper(slug, paper["title"], paper["arxiv"], paper["venue"], tuple(found.values()))
+    return Paper(slug, paper["title"], paper["arxiv"], paper["venue"], paper["family"], tuple(found.values()))
 
 
 def _claim(path: Path, slug: str, number: int, entry: Any) -> Claim:

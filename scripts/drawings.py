@@ -5,6 +5,7 @@ They are planned first and drawn together, by several processes if they are many
 
 import functools
 import hashlib
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -20,10 +21,6 @@ from scripts.claims import Claim
 from scripts.published import Curves
 from scripts.records import ClaimResult
 
-CAPTIONS = {
-    "seeds": "Each seed; lines join a seed’s treatment and control, bars are means.",
-    "curves": "",  # the legend says it
-}
 MANY = 64
 """From so many charts on they are drawn by several processes."""
 
@@ -35,7 +32,7 @@ class Plan:
     kind: str
     arguments: tuple[Any, ...]
     title: str
-    caption: str
+    caption: str = ""
     wide: bool = False
 
 
@@ -50,19 +47,23 @@ class Drawing:
     wide: bool = False
 
 
-def forests(results: Sequence[ClaimResult]) -> list[Plan]:
+def forests(results: Sequence[ClaimResult], of_paper: bool = False) -> list[Plan]:
     """Effects of the claims that have one: a plot for each scale, and one more where numbers exceed 1.
 
     Accuracies and shares would be invisible beside effects in other units.
+
+    Args:
+        results: the claims, in the order drawn.
+        of_paper: all are of one paper, whose name need not stand before each.
     """
     groups: dict[tuple[str, bool], list[charts.ForestRow]] = {}
     for result in results:
         claim, verdict = result.claim, result.verdict
         if verdict.effect is None:
             continue
-        row = charts.ForestRow(
-            f"{claim.slug}/{claim.id}", verdict.effect, verdict.lower, verdict.upper, claim.margin, verdict.name
-        )
+        name = claim.id if of_paper else f"{claim.slug}/{claim.id}"
+        seeds = tuple(row.effect for row in views.seed_rows(result) if row.effect is not None)
+        row = charts.ForestRow(name, verdict.effect, verdict.lower, verdict.upper, claim.margin, verdict.name, seeds)
         groups.setdefault((claim.scale, max(abs(verdict.effect), abs(claim.margin)) > 1), []).append(row)
     return [
         Plan(
@@ -84,16 +85,7 @@ def of_claim(
     claim, labels = result.claim, _arm_labels(result.claim)
     if not result.records:
         return [], []
-    values = [result.treatment] if result.control is None else [result.treatment, result.control]
-    own = claim.metric if claim.control_metric is None else f"{claim.metric}, {claim.control_metric}"
-    plans = [
-        Plan(
-            "seeds",
-            (dict(zip(labels, values, strict=True)), own, claim.threshold),
-            f"{claim.id}: {own} of each seed",
-            CAPTIONS["seeds"],
-        )
-    ]
+    plans: list[Plan] = []
     runs = [[r for r in result.records if r.run[0] == recipe and curves.get(r.path)] for recipe, _ in claim.arms]
     keys = list(dict.fromkeys(key for arm in runs for record in arm for key in curves[record.path]))
     see: dict[str, None] = {}
@@ -113,18 +105,38 @@ def of_claim(
             continue
         drawn[metric, shown] = claim.id
         label = views.METRICS.get(metric, metric)
-        plans.append(
-            Plan(
-                "curves", ({k: v for k, v in arms.items() if v}, metric, label), f"{label} by epoch", CAPTIONS["curves"]
-            )
-        )
+        shown_arms = {name: runs_of for name, runs_of in arms.items() if runs_of}
+        legend = not plans or not _complete(arms.values(), metric)  # it counts what is missing
+        plans.append(Plan("curves", (shown_arms, metric, label, legend), f"{label} by epoch"))
     return plans, list(see)
+
+
+def _complete(arms: Iterable[list[dict[str, list[float]]]], metric: str) -> bool:
+    """Whether all runs have a finite value in the same epochs."""
+    runs = [run for arm in arms for run in arm]
+    return len({tuple(run["epoch"]) for run in runs}) == 1 and all(all(map(math.isfinite, run[metric])) for run in runs)
 
 
 def _arm_labels(claim: Claim) -> list[str]:
     """Names of the arms: their recipes, or metrics where both arms are the same recipe."""
     names = [recipe.partition("/")[2] for recipe, _ in claim.arms]
     return names if len(set(names)) == len(names) else [metric for _, metric in claim.arms]
+
+
+def picture(results: Sequence[ClaimResult], earlier: Path) -> str | None:
+    """The first forest of all claims as an SVG file on white; the one at `earlier` if it shows the same.
+
+    None where no claim has been run.
+    """
+    plans = forests(results)
+    if not plans:
+        return None
+    mark = f"<!-- {_key(plans[0])} {_hash(_drawn_by())} -->\n"
+    if earlier.is_file() and (text := earlier.read_text(encoding="utf-8")).endswith(mark):
+        return text
+    figure = charts.forest(*plans[0].arguments)
+    figure.set_facecolor("white")
+    return charts.to_svg(figure, plans[0].title, inline=False) + mark
 
 
 def draw(plans: Sequence[Plan], earlier: Mapping[str, str] | None = None) -> list[Drawing]:
@@ -143,19 +155,19 @@ def draw(plans: Sequence[Plan], earlier: Mapping[str, str] | None = None) -> lis
         with ProcessPoolExecutor() as pool:
             ready |= zip(todo, pool.map(_svg, todo.values(), chunksize=8), strict=True)
     return [
-        Drawing(plan.title, plan.caption, Markup(ready[key]), f"{key} {_hash(ready[key])}", plan.wide)
+        Drawing(plan.title, plan.caption, Markup(ready[key]), f"{key} {_stamp(ready[key])}", plan.wide)
         for key, plan in zip(keys, plans, strict=True)
     ]
 
 
 def drawn_in(pages: Iterable[str]) -> dict[str, str]:
-    """Charts of pages written earlier, by their keys; a chart that was changed by hand is left out."""
+    """Charts of pages written earlier, by their keys; left out: changed by hand, or drawn by other code."""
     found = {}
     for page in pages:
         for key, digest, text in re.findall(
             r'<figure data-chart="(\w+) (\w+)"[^>]*>.*?(<svg.*?</svg>\n)', page, re.DOTALL
         ):
-            if _hash(text) == digest:
+            if _stamp(text) == digest:
                 found[key] = text
     return found
 
@@ -165,8 +177,13 @@ def _svg(plan: Plan) -> str:
 
 
 def _key(plan: Plan) -> str:
-    """Hash of all that a chart depends on: what it shows, and the code and library that draw it."""
-    return _hash(f"{_drawn_by()} {plan.kind} {plan.title} {plan.arguments!r}")
+    """Hash of what a chart shows."""
+    return _hash(f"{plan.kind} {plan.title} {plan.arguments!r}")
+
+
+def _stamp(text: str) -> str:
+    """Hash of a chart as drawn, and of the code and library that drew it."""
+    return _hash(f"{_drawn_by()} {text}")
 
 
 @functools.cache

@@ -21,28 +21,20 @@ from urllib.parse import quote
 import jinja2
 from markupsafe import Markup
 
-from callbacks.files import write_atomic
 from scripts import drawings, views
-from scripts.aggregate import Aggregate, HolmVerdict, holm_verdicts
+from scripts.aggregate import Aggregate, HolmVerdict, aggregate, holm_verdicts, why_none
 from scripts.claims import Paper
 from scripts.errors import UserError
 from scripts.external import External
-from scripts.leaderboard import mean_sd
-from scripts.published import Curves, curves_of, thin
+from scripts.markdown import MEANINGS, mean_sd
 from scripts.records import ClaimResult
+from scripts.sections import ClaimView, claim_views, read_curves
 from scripts.verdicts import VERDICTS
 
 TEMPLATES = Path(__file__).parent / "templates"
 SIGNS = dict(zip(VERDICTS, ("✓", "✕", "?", "○"), strict=True))
 """Verdicts are told apart by word and sign, colour only helps."""
 
-MEANINGS = (
-    ("reproduced", "every seed finished and L exceeds the margin", "that the paper’s own numbers are met"),
-    ("not reproduced", "U is below the margin, or two or more treatment seeds failed", "that it is false elsewhere"),
-    ("inconclusive", "neither: the bounds enclose the margin, or a seed failed", "that there is no effect"),
-    ("not run", "a run has no record", "anything about the claim"),
-    ("stale", "recipe or code have changed since a run", "that the code of today was judged"),
-)
 COLUMNS = (
     ("verdict", "Verdict", False),
     ("paper", "Paper", False),
@@ -69,38 +61,16 @@ class ClaimRow:
     paper: float | str
 
 
-@dataclass
-class ClaimView:
-    """What a paper's page shows of a claim."""
-
-    result: ClaimResult
-    seeds: list[views.SeedRow]
-    diff: list[tuple[str, str | None, str | None]]
-    places: dict[str, list[views.Place]]
-    plans: list[drawings.Plan]
-    charts: list[drawings.Drawing]
-    see: list[str]
-    p: float | None
-    adjusted: float | None
-    external: list[External]
-
-    @property
-    def missing(self) -> bool:
-        """Whether a run has no record."""
-        return bool(self.result.missing)
-
-
-def build(
+def render(
     papers: Sequence[Paper],
     results: Sequence[ClaimResult],
     problems: Sequence[str],
     target: Path,
     external: Sequence[External] = (),
-    aggregate: Aggregate | None = None,
-) -> list[Path]:
-    """Writes index.html and <slug>.html for each paper, each in one step; nothing else in the folder is touched.
+) -> tuple[dict[Path, str], list[str]]:
+    """Text of index.html and of <slug>.html for each paper; depends on the arguments and Matplotlib's version alone.
 
-    The bytes depend on the arguments alone, not on the time or the machine.
+    Charts that an earlier page in `target` holds already are taken from there.
 
     Args:
         papers: all papers, in the order shown.
@@ -108,35 +78,40 @@ def build(
         problems: records that could not be used, one line each.
         target: folder of the pages; links to records are relative to it.
         external: reported numbers; shown as such, in a section of their own.
-        aggregate: probability of improvement over papers; None for none.
 
     Returns:
-        The files, index first.
+        The pages, index first, and problems found on the way: curves that cannot be read.
 
     Raises:
-        UserError: a page cannot be written, or a paper's slug is `index`.
+        UserError: a paper's slug is `index`.
     """
     if any(paper.slug == "index" for paper in papers):
         raise UserError("a paper's folder must not be named 'index': index.html is the page of all papers")
-    broken = list(problems)
+    broken: list[str] = []
     holm = dict(zip(map(id, results), holm_verdicts(results), strict=True))
     shown: dict[str, list[ClaimView]] = {}
+    own_forests: dict[str, list[drawings.Plan]] = {}
     for paper in papers:
         own = [result for result in results if result.claim.slug == paper.slug]
-        curves, unreadable = _read_curves(own)
+        curves, unreadable = read_curves(own)
         broken += unreadable
-        shown[paper.slug] = _claim_views(own, curves, holm, external)
+        shown[paper.slug] = claim_views(own, curves, holm, external)
+        own_forests[paper.slug] = drawings.forests(own, of_paper=True)
+    known = [*problems, *broken]
     forests = drawings.forests(results)
-    everything = [view for claim_views in shown.values() for view in claim_views]
-    plans = [*forests, *(plan for view in everything for plan in view.plans)]
+    everything = [view for views_of in shown.values() for view in views_of]
+    groups = [forests, *own_forests.values(), *(view.plans for view in everything)]
+    plans = [plan for group in groups for plan in group]
     drawn = iter(drawings.draw(plans, drawings.drawn_in(_earlier(target, ["index", *shown]))))
     index_drawings = list(itertools.islice(drawn, len(forests)))
+    paper_drawings = {slug: list(itertools.islice(drawn, len(group))) for slug, group in own_forests.items()}
     for view in everything:
         view.charts = list(itertools.islice(drawn, len(view.plans)))
     environment = _environment(target)
     pages = {
         target / "index.html": environment.get_template("index.html").render(
             papers=papers,
+            families={paper.slug: paper.family for paper in papers},
             results=results,
             rows=[_row(result) for result in results],
             columns=COLUMNS,
@@ -144,9 +119,9 @@ def build(
             tallies=_tallies(results),
             forests=index_drawings,
             holm=_holm_lines(list(holm.values())),
-            aggregate=aggregate,
+            aggregates=[found for scale in _tallies(results) for found in _aggregate(results, scale)],
             external=external,
-            problems=broken,
+            problems=known,
             num_records=len({record.path for result in results for record in result.records}),
         )
     }
@@ -154,11 +129,12 @@ def build(
         pages[target / f"{paper.slug}.html"] = environment.get_template("paper.html").render(
             paper=paper,
             views=shown[paper.slug],
+            forests=paper_drawings[paper.slug],
             scales=_by_scale(shown[paper.slug]),
             recipes=views.recipe_rows(paper.slug),
-            problems=[problem for problem in broken if f"/{paper.slug}/" in problem],
+            problems=[problem for problem in known if f"/{paper.slug}/" in problem],
         )
-    return [_write(file, text) for file, text in pages.items()]
+    return pages, broken
 
 
 def _environment(target: Path) -> jinja2.Environment:
@@ -237,9 +213,9 @@ def _tallies(results: Sequence[ClaimResult]) -> dict[str, Counter[str]]:
     return {scale: Counter(r.verdict.name for r in results if r.claim.scale == scale) for scale in scales}
 
 
-def _by_scale(claim_views: Sequence[ClaimView]) -> dict[str, list[ClaimView]]:
-    scales = dict.fromkeys(view.result.claim.scale for view in claim_views)
-    return {scale: [view for view in claim_views if view.result.claim.scale == scale] for scale in scales}
+def _by_scale(shown: Sequence[ClaimView]) -> dict[str, list[ClaimView]]:
+    scales = dict.fromkeys(view.result.claim.scale for view in shown)
+    return {scale: [view for view in shown if view.result.claim.scale == scale] for scale in scales}
 
 
 def _holm_lines(adjusted: Sequence[HolmVerdict]) -> list[str]:
@@ -259,47 +235,6 @@ def _holm_lines(adjusted: Sequence[HolmVerdict]) -> list[str]:
     return lines
 
 
-def _claim_views(
-    results: Sequence[ClaimResult],
-    curves: dict[Path, Curves],
-    holm: dict[int, HolmVerdict],
-    external: Sequence[External],
-) -> list[ClaimView]:
-    """Claims in order. A curve of the same runs is drawn once, at the first claim that has it; later ones refer."""
-    drawn: dict[tuple[str, frozenset[Path]], str] = {}
-    found = []
-    for result in results:
-        claim, adjusted = result.claim, holm[id(result)]
-        plans, see = drawings.of_claim(result, curves, drawn)
-        found.append(
-            ClaimView(
-                result,
-                seeds=views.seed_rows(result),
-                diff=views.config_diff(result),
-                places={field: views.places(result.records, field) for field in ("hardware", "versions")},
-                plans=plans,
-                charts=[],
-                see=see,
-                p=adjusted.p,
-                adjusted=adjusted.adjusted,
-                external=[row for row in external if (row.paper, row.claim) == (claim.slug, claim.id)],
-            )
-        )
-    return found
-
-
-def _read_curves(results: Sequence[ClaimResult]) -> tuple[dict[Path, Curves], list[str]]:
-    """The curves of every record that counts, thinned as published ones are, and one line for each that is broken."""
-    found: dict[Path, Curves] = {}
-    broken = []
-    for record in {record.path: record for result in results for record in result.records}.values():
-        try:
-            found[record.path] = thin(curves_of(record))
-        except UserError as error:
-            broken.append(str(error))
-    return found, broken
-
-
 def _earlier(target: Path, names: Sequence[str]) -> Iterator[str]:
     """The pages as they were, for the charts that they share with the new ones."""
     for file in (target / f"{name}.html" for name in names):
@@ -307,9 +242,8 @@ def _earlier(target: Path, names: Sequence[str]) -> Iterator[str]:
             yield file.read_text(encoding="utf-8")
 
 
-def _write(file: Path, text: str) -> Path:
-    try:
-        write_atomic(file, text)
-    except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror}") from error
-    return file
+def _aggregate(results: Sequence[ClaimResult], scale: str) -> list[Aggregate | str]:
+    """Probability of improvement over papers, or why there is none; nothing where no claim of the scale was run."""
+    if not any(result.records for result in results if result.claim.scale == scale):
+        return []
+    return [aggregate(results, scale) or why_none(results, scale)]

@@ -1,5 +1,6 @@
 """Charts: what is drawn equals the numbers given; the SVG is text, safe, small and always the same."""
 
+import dataclasses
 import io
 import math
 import os
@@ -14,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from scripts.charts import COLOURS, ForestRow, curves, forest, panels, seeds, to_png, to_svg
+from scripts.charts import COLOURS, ForestRow, curves, forest, panels, to_png, to_svg
 
 RUNS = {
     "method": [{"epoch": [0, 1, 2], "acc": [0.5, 0.6, 0.9]}, {"epoch": [0, 1, 2], "acc": [0.7, 0.8, 0.7]}],
@@ -52,8 +53,19 @@ def test_curves_draw_mean_of_seeds() -> None:
 
 
 def test_curves_draw_each_seed() -> None:
-    drawn = lines(axes_of(curves(RUNS, "acc", "Accuracy")))
-    assert all((run["epoch"], run["acc"]) in drawn for runs in RUNS.values() for run in runs)
+    """Seeds of an arm are one line with gaps."""
+    drawn = [line for line in axes_of(curves(RUNS, "acc", "Accuracy")).lines if line.get_linewidth() == 0.5]
+    for line, runs in zip(drawn, RUNS.values(), strict=True):
+        x, y = [], []
+        for run in runs:
+            x += [*run["epoch"], math.nan]
+            y += [*run["acc"], math.nan]
+        assert list(map(float, line.get_xdata())) == pytest.approx(x, nan_ok=True)
+        assert list(map(float, line.get_ydata())) == pytest.approx(y, nan_ok=True)
+
+
+def test_legend_can_stand_in_another_chart() -> None:
+    assert curves(RUNS, "acc", "Accuracy", legend=False).legends == []
 
 
 def test_band_spans_lowest_to_highest_seed() -> None:
@@ -135,21 +147,11 @@ def test_forest_of_nothing_is_refused() -> None:
         forest([])
 
 
-def test_seeds_join_pairs() -> None:
-    drawn = lines(axes_of(seeds({"method": [0.8, 0.9], "control": [0.5, 0.7]}, "Accuracy")))
-    assert drawn[:2] == [([0, 1], [0.8, 0.5]), ([0, 1], [0.9, 0.7])]
-    assert ([0, 0], [0.8, 0.9]) in drawn
-    assert ([0.84, 1.16], pytest.approx([0.6, 0.6])) in drawn
-
-
-def test_seeds_count_what_is_missing() -> None:
-    figure = seeds({"method": [0.8, None], "control": [math.nan, math.inf]}, "Accuracy", threshold=0.5)
-    assert {"1 of 2 without a value", "2 of 2 without a value", "threshold 0.5"} <= set(texts(to_svg(figure, "Seeds")))
-
-
-def test_seeds_of_other_length_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"same seeds, got \[1, 2\]"):
-        seeds({"method": [0.8], "control": [0.5, 0.7]}, "Accuracy")
+def test_forest_shows_each_seed() -> None:
+    row = ForestRow("toy/holds", 0.26, 0.25, 0.27, 0.18, "reproduced", seeds=(0.24, 0.26, 0.28, math.inf))
+    dots = [line for line in axes_of(forest([row])).lines if line.get_marker() == "."]
+    assert [list(map(float, line.get_xdata())) for line in dots] == [[0.24, 0.26, 0.28]]
+    assert legend(forest([row])) == ["reproduced", "margin", "each seed"]
 
 
 def test_svg_line_maps_to_the_numbers() -> None:
@@ -217,7 +219,7 @@ def test_long_names_keep_both_ends() -> None:
 @pytest.mark.parametrize("value", [1e308, -1e308, 5e-324, math.inf])
 def test_extreme_values_do_not_break_a_chart(value: float) -> None:
     run = {"epoch": [0, 1], "acc": [0.5, value]}
-    for figure in (curves({"m": [run, run]}, "acc", "A"), seeds({"m": [0.5, value]}, "A")):
+    for figure in (curves({"m": [run, run]}, "acc", "A"), forest([dataclasses.replace(ROWS[0], seeds=(0.5, value))])):
         assert to_svg(figure, "A").startswith("<svg")
     assert to_svg(forest([ForestRow("m", value, -value, value, 0.1, "reproduced")]), "A").startswith("<svg")
 

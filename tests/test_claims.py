@@ -117,9 +117,9 @@ def test_duplicate_id(root: Path) -> None:
         ({"claims": []}, "claims must be a list of at least one claim, got []"),
         ({"claims": ["x"]}, "claim number 1 must be a mapping with id"),
         ({"note": 1}, "unknown key 'note'; accepted: paper, claims"),
-        ({"paper": "ELR"}, "paper must be a mapping with title, arxiv, venue, got 'ELR'"),
+        ({"paper": "ELR"}, "paper must be a mapping with title, arxiv, venue, family, got 'ELR'"),
         ({"paper": {"title": "T", "venue": "V"}}, "paper: key 'arxiv' is missing"),
-        ({"paper": {"title": "T", "arxiv": 2001.1, "venue": "V"}}, "arxiv must be text (in quotes"),
+        ({"paper": {"title": "T", "arxiv": 2001.1, "venue": "V", "family": "F"}}, "arxiv must be text (in quotes"),
         ({"paper": {"title": "T", "arxiv": "1", "venue": "V", "year": 2020}}, "unknown key 'year'"),
     ],
 )

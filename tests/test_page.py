@@ -1,5 +1,6 @@
 """The pages without a browser: numbers, text from files, problems, size, the same bytes each time."""
 
+import dataclasses
 import json
 import re
 import statistics
@@ -70,14 +71,15 @@ def built(runs: Path, tmp_path: Path) -> Build:
     """Builds the pages from the records and returns their text by name."""
 
     def make(**more: Any) -> dict[str, str]:
-        papers, results, problems = leaderboard.build(runs)
-        files = page.build(papers, results, problems, tmp_path / "site", **more)
-        return {file.name: file.read_text() for file in files}
+        board = leaderboard.board_of_runs(runs)
+        board = dataclasses.replace(board, **more)
+        leaderboard.write_pages(board, tmp_path / "site", "--runs")
+        return {file.name: file.read_text() for file in sorted((tmp_path / "site").iterdir())}
 
     return make
 
 
-def test_index_comes_first_and_papers_follow(built: Build) -> None:
+def test_there_is_an_index_and_a_page_for_each_paper(built: Build) -> None:
     assert list(built()) == ["index.html", "toy.html"]
 
 
@@ -139,7 +141,7 @@ def test_text_of_claims_and_records_is_text(runs: Path, built: Build) -> None:
             )  # fmt: skip
     add_record(runs, "mini", 2, None, reason=NASTY)
     reported = External("toy", "beats", None, NASTY, 0.9, None, NASTY, "javascript:alert(1)")
-    for name, text in built(external=[reported]).items():
+    for name, text in built(reported=[reported]).items():
         reader = Reader(text)
         assert reader.tags.count("script") == (name == "index.html")
         assert "img" not in reader.tags
@@ -247,7 +249,7 @@ def test_curves_of_the_same_runs_are_drawn_once(runs: Path, built: Build) -> Non
 def test_reported_numbers_stand_apart(runs: Path, built: Build) -> None:
     add_arms(runs, HIGH, LOW)
     reported = External("toy", "beats", None, "test/acc_last", 0.9, 0.7, "Smith 2021", "https://example.org/a?b&c")
-    pages = built(external=[reported])
+    pages = built(reported=[reported])
     table = pages["index.html"].partition('id="external"')[2].partition("</table>")[0]
     row = ["reported", "toy", "beats", "test/acc_last", "0.9", "0.7", "Smith 2021"]
     assert Reader(f"<table>{table}").rows[1] == row
@@ -255,10 +257,14 @@ def test_reported_numbers_stand_apart(runs: Path, built: Build) -> None:
     assert "not verified" in pages["toy.html"]
 
 
-def test_aggregate_is_shown_with_its_bounds(runs: Path, built: Build) -> None:
-    assert "Probability of improvement" not in built()["index.html"]
+def test_aggregate_is_shown_with_its_bounds(runs: Path, built: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_arms(runs, HIGH, LOW)
+    text = built()["index.html"]
+    assert "Probability of improvement" not in text
+    assert "No aggregate over papers at mini scale" in text
     given = Aggregate("mini", 0.75, 0.625, 0.875, {"toy": 0.75, "other": 0.75}, 4, 2)
-    assert {0.75, 0.625, 0.875} <= set(Reader(built(aggregate=given)["index.html"]).values)
+    monkeypatch.setattr(page, "aggregate", lambda results, scale: given)
+    assert {0.75, 0.625, 0.875} <= set(Reader(built()["index.html"]).values)
 
 
 def test_same_arguments_same_bytes(runs: Path, built: Build) -> None:
@@ -281,9 +287,9 @@ def test_charts_are_drawn_again_only_where_they_change(
     monkeypatch.setattr(drawings, "_svg", counted)
     assert built() == first
     assert kinds == []
-    (tmp_path / "site" / "toy.html").write_text(first["toy.html"].replace("mini-ce</text>", "edited</text>"))
+    (tmp_path / "site" / "toy.html").write_text(first["toy.html"].replace("margin</text>", "edited</text>"))
     assert built() == first
-    assert kinds == ["seeds"]
+    assert kinds == ["forest"]
 
 
 def test_slug_index_is_refused(built: Build) -> None:
@@ -305,8 +311,7 @@ def test_index_of_fifty_papers_stays_small(runs: Path, built: Build) -> None:
         write_paper(recipes.ROOT, *claims, slug=f"paper{number:02d}")
         for recipe, base in (("mini", 0.8), ("mini-ce", 0.5)):
             for seed in range(3):
-                file = add_record(runs, recipe, seed, base + seed / 100, config_hash=f"hash{number}")
-                file.write_text(file.read_text().replace('"toy/', f'"paper{number:02d}/'))
+                add_record(runs, recipe, seed, base + seed / 100, slug=f"paper{number:02d}")
     text = built()["index.html"]
     assert text.count('data-verdict="reproduced"') == 500
     assert len(text.encode()) < 2_000_000

@@ -1,5 +1,6 @@
 """The pages in a real headless Chromium: search, filters, order, address, widths, dark mode, keyboard."""
 
+import dataclasses
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 from paper_room import CLEAN, add_arms, add_curves, add_record, claim, write_paper
 
-from scripts import leaderboard, page, recipes
+from scripts import leaderboard, recipes
 from scripts.external import External
 
 pytestmark = pytest.mark.browser
@@ -28,7 +29,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recipes, "ROOT", folder / "recipes")
         write_paper(recipes.ROOT, *CLAIMS)
-        write_paper(recipes.ROOT, slug="other")
+        write_paper(recipes.ROOT, slug="other", family="others")
         runs = folder / "runs"
         add_arms(runs, [0.80, 0.82, 0.81], [0.50, 0.51, 0.53])
         for recipe, values in (("mini", (0.80, 0.82, 0.81)), ("mini-ce", (0.50, 0.51, 0.53))):
@@ -37,9 +38,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 add_curves(record, **{"test/acc": [0.1, 0.4, value], "wrong/memorized": [0.0, 0.1, 0.2]})
         broken = add_record(runs, "mini", 7, 0.8)
         broken.write_text("{")
-        papers, results, problems = leaderboard.build(runs)
         reported = External("toy", "beats", None, "test/acc_last", 0.9, 0.7, "Smith 2021", "https://example.org")
-        page.build(papers, results, problems, folder / "pages", [reported])
+        board = dataclasses.replace(leaderboard.board_of_runs(runs), reported=[reported])
+        leaderboard.write_pages(board, folder / "pages", "--runs")
     return folder / "pages"
 
 
@@ -118,6 +119,7 @@ def test_search_takes_every_word(index: Any) -> None:
         ("verdict", "inconclusive", ["near"]),
         ("verdict", "not run", ["beats", "full"]),
         ("scale", "paper", ["full"]),
+        ("family", "others", ["beats"]),
         ("paper", "toy", ["beats", "fails", "near", "full"]),
     ],
 )
@@ -195,11 +197,12 @@ def test_text_has_contrast_aa(chromium: Any, site: Path, name: str, scheme: str)
       const rgb = c => c.match(/[\\d.]+/g).slice(0, 3).map(Number);
       const found = {};
       for (const e of document.querySelectorAll('main *, header *, footer *')) {
-        if (e.closest('svg') || ![...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())) continue;
+        if (e.tagName === 'title' || ![...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())) continue;
         let up = e;
         while (up && getComputedStyle(up).backgroundColor === 'rgba(0, 0, 0, 0)') up = up.parentElement;
-        found[getComputedStyle(e).color + getComputedStyle(up).backgroundColor] =
-          [rgb(getComputedStyle(e).color), rgb(getComputedStyle(up).backgroundColor), e.tagName + '.' + e.className];
+        const colour = e.tagName === 'text' ? getComputedStyle(e).fill : getComputedStyle(e).color;
+        found[colour + getComputedStyle(up).backgroundColor] =
+          [rgb(colour), rgb(getComputedStyle(up).backgroundColor), e.tagName + '.' + e.getAttribute('class')];
       }
       return [rgb(getComputedStyle(document.body).backgroundColor), Object.values(found)];
     """
@@ -219,7 +222,7 @@ def test_sort_and_filter_by_keyboard_alone(index: Any) -> None:
         return index.execute_script("return document.activeElement.textContent")
 
     assert press(Keys.TAB) == "Skip to the content"
-    reached = [press(Keys.TAB) for _ in range(6)]
+    reached = [press(Keys.TAB) for _ in range(7)]
     assert "Show all" in reached
     while index.execute_script("return document.activeElement.parentElement.dataset.key") != "effect":
         reached.append(press(Keys.TAB))

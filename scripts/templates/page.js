@@ -8,7 +8,8 @@
   const rows = Array.from(body.rows, (row, index) => ({ row, index, text: row.textContent.toLowerCase() }));
   const heads = Array.from(table.querySelectorAll("th[data-key]"));
   const count = document.getElementById("count");
-  const fields = ["q", "verdict", "scale", "paper"];
+  const filters = ["verdict", "family", "scale", "paper"];
+  const fields = ["q", ...filters];
   let order = { key: "", down: false };
 
   function value(item, column) {
@@ -38,7 +39,7 @@
     const words = form.elements.q.value.toLowerCase().split(/\s+/).filter(Boolean);
     let shown = 0;
     for (const { row, text } of rows) {
-      const keep = ["verdict", "scale", "paper"].every((name) => {
+      const keep = filters.every((name) => {
         const wanted = form.elements[name].value;
         return !wanted || row.dataset[name] === wanted;
       }) && words.every((word) => text.includes(word));
@@ -81,12 +82,14 @@
   }
   for (const event of ["input", "change"]) form.addEventListener(event, () => { filter(); remember(); });
   form.addEventListener("submit", (event) => event.preventDefault());
-  form.addEventListener("reset", () => setTimeout(() => {
+  form.addEventListener("reset", (event) => {
+    event.preventDefault(); // the browser's own reset comes after this event
+    for (const name of fields) form.elements[name].value = "";
     order = { key: "", down: false };
     sort();
     filter();
     remember();
-  }));
+  });
   window.addEventListener("hashchange", restore);
   form.hidden = false;
   restore();
