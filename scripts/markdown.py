@@ -83,7 +83,8 @@ def verdict_lines(result: ClaimResult) -> str:
             arms += f"threshold {claim.threshold:g}"
         else:
             other = f" {claim.control_metric}" if claim.control_metric else ""
-            arms += f"{claim.control.removesuffix('.yaml')}{other} {mean_sd(result.control)}"
+            factor = "" if claim.factor == 1 else f"{claim.factor:g} times "
+            arms += f"{factor}{claim.control.removesuffix('.yaml')}{other} {mean_sd(result.control)}"
         lines.append(f"    {claim.metric}: {arms}; effect {_effect(result)}")
     lines.append(f"    {verdict.reason}; {result.cpu_seconds:.0f} CPU-s")
     return "\n".join(lines)
@@ -160,7 +161,8 @@ def _cells(result: ClaimResult) -> list[str]:
     claim, verdict = result.claim, result.verdict
     control = f"threshold {claim.threshold:g}" if claim.threshold is not None else ""
     if claim.control is not None and result.control is not None:
-        control = _arm(claim.control, claim.control_metric or claim.metric, result.control)
+        factor = "" if claim.factor == 1 else f"{claim.factor:g} × "
+        control = factor + _arm(claim.control, claim.control_metric or claim.metric, result.control)
     return [
         claim.slug,
         f"`{claim.id}` {' '.join(claim.text.split())}",

@@ -72,9 +72,9 @@ def seed_rows(result: ClaimResult) -> list[SeedRow]:
         cells = tuple(
             _cell(arm[index], found.get((recipe, seed))) for (recipe, _), arm in zip(claim.arms, arms, strict=True)
         )
-        other = cells[1].value if len(cells) > 1 else claim.threshold
-        first = cells[0].value
-        effect = None if first is None or other is None else sign * (first - other)
+        other, first = result.against[index], cells[0].value
+        known = all(cell.value is not None for cell in cells)
+        effect = sign * (first - other) if known and first is not None and other is not None else None
         rows.append(SeedRow(seed, cells, effect))
     return rows
 
