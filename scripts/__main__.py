@@ -8,6 +8,7 @@ from scripts.errors import UserError
 
 LIGHTNING_VERBS = ("fit", "validate", "test", "predict")
 MODULES = {"list": "scripts.listing", "reproduce": "scripts.reproduce", "leaderboard": "scripts.leaderboard"}
+MODULES |= {"consolidate": "scripts.consolidate", "plan": "scripts.plan"}
 
 HELP = """usage: noisebench VERB ...
 
@@ -20,6 +21,8 @@ Train and check papers on noise in deep learning.
   test     --config RECIPE ...     evaluate a checkpoint on the test set
   predict  --config RECIPE ...     predict with a checkpoint
   leaderboard                      table of all claims from the records in runs/
+  plan RECIPE --gpus N --memory M  memory of a recipe on one device, under DDP and FSDP2
+  consolidate CKPT_FOLDER          one file of a sharded checkpoint
 
 examples:
   noisebench reproduce elr
