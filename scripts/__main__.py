@@ -12,6 +12,8 @@ MODULES = {
     "reproduce": "scripts.reproduce",
     "leaderboard": "scripts.leaderboard",
     "plot": "scripts.plot",
+    "plan": "scripts.plan",
+    "consolidate": "scripts.consolidate",
 }
 
 HELP = """usage: noisebench VERB ...
@@ -26,6 +28,8 @@ Train and check papers on noise in deep learning.
   predict  --config RECIPE ...     predict with a checkpoint
   leaderboard                      pages of all claims from the records in runs/
   plot     RUN ...                 learning curves of runs as PNG or SVG
+  plan RECIPE --gpus N --memory M  memory of a recipe on one device, under DDP and FSDP2
+  consolidate CKPT_FOLDER          one file of a sharded checkpoint
 
 examples:
   noisebench reproduce elr

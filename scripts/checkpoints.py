@@ -5,7 +5,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 
+from lightning_modules.sharding import replace
 from scripts.errors import UserError
 from scripts.options import flat, is_location
 
@@ -35,3 +38,30 @@ def read_checkpoint_facts(path: Path) -> dict[str, Any]:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True).get("noisebench", {})
     except Exception as error:
         raise UserError(f"--ckpt_path: {path} is not a readable checkpoint: {error}".splitlines()[0]) from error
+
+
+class FileInPlaceOfFolder(TorchCheckpointIO):
+    """As Lightning's, and a file may replace the folder of a sharded checkpoint (a run that goes on on one device)."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Writes the file beside the folder, then changes their places."""
+        if not Path(path).is_dir():
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        partial = Path(path).with_name(f".{Path(path).name}.partial")
+        super().save_checkpoint(checkpoint, partial, storage_options)
+        replace(partial, Path(path))
+
+
+def refuse_folder(path: str | Path | None, strategy: Strategy) -> None:
+    """A sharded checkpoint loads under a sharding strategy only.
+
+    Raises:
+        UserError: `path` is a folder and the strategy needs a file.
+    """
+    if path is None or not Path(path).is_dir() or isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
+        return
+    raise UserError(
+        f"--ckpt_path {path} is a sharded checkpoint; give --trainer.strategy fsdp2, or make one file of it: "
+        f"noisebench consolidate {path}"
+    )

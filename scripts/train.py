@@ -20,7 +20,13 @@ from callbacks.nonfinite import StopOnNonFiniteLoss
 from callbacks.rng import RngState
 from callbacks.run_record import RunRecord
 from scripts import provenance, recipes
-from scripts.checkpoints import differences, last_checkpoint, read_checkpoint_facts
+from scripts.checkpoints import (
+    FileInPlaceOfFolder,
+    differences,
+    last_checkpoint,
+    read_checkpoint_facts,
+    refuse_folder,
+)
 from scripts.code_hash import code_hash
 from scripts.errors import UserError
 from scripts.mirror import wandb_logger
@@ -198,6 +204,8 @@ class RecipeCLI(LightningCLI):
             kwargs["logger"] = wandb_logger(self.folder, f"{facts['recipe']} seed {self.seed}", self.ckpt_path)
             facts["wandb_id"] = kwargs["logger"].version
         trainer: Any = super().instantiate_trainer(**kwargs)
+        refuse_folder(self._option("ckpt_path"), trainer.strategy)
+        trainer.strategy.checkpoint_io = FileInPlaceOfFolder()
         others = [c for c in trainer.callbacks if not isinstance(c, ModelCheckpoint)]
         if self.verb != "fit":
             trainer.callbacks = others
