@@ -7,7 +7,13 @@ import sys
 from scripts.errors import UserError
 
 LIGHTNING_VERBS = ("fit", "validate", "test", "predict")
-MODULES = {"list": "scripts.listing", "reproduce": "scripts.reproduce", "leaderboard": "scripts.leaderboard"}
+MODULES = {
+    "list": "scripts.listing",
+    "reproduce": "scripts.reproduce",
+    "sweep": "scripts.sweep",
+    "submit": "scripts.submit",
+    "leaderboard": "scripts.leaderboard",
+}
 
 HELP = """usage: noisebench VERB ...
 
@@ -19,6 +25,8 @@ Train and check papers on noise in deep learning.
   validate --config RECIPE ...     evaluate a checkpoint on the validation sets
   test     --config RECIPE ...     evaluate a checkpoint on the test set
   predict  --config RECIPE ...     predict with a checkpoint
+  sweep RECIPE --set KEY=A,B       train the product of settings, one run after another
+  submit RECIPE ...                train on a SLURM cluster: writes the sbatch script and submits it
   leaderboard                      table of all claims from the records in runs/
 
 examples:
