@@ -1,6 +1,7 @@
 """Whole-batch fetching: data stay tensors, a batch is one gather, its order a function of (seed, epoch)."""
 
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -143,6 +144,8 @@ class BatchOrder(Sampler[Tensor]):
                 f"fewer than the {num_replicas} processes; choose another"
             )
         self.epoch = 0
+        self.start = 0
+        """Batches that the next iteration leaves out."""
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch's order; the Trainer calls this."""
@@ -152,7 +155,8 @@ class BatchOrder(Sampler[Tensor]):
         return self.num_passes * -(-self._drawn // self.batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
-        for batch in self._global_batches():
+        start, self.start = self.start, 0
+        for batch in islice(self._global_batches(), start, None):
             mine = batch.tensor_split(self.num_replicas)[self.rank] if self.num_replicas > 1 else batch
             if len(mine):
                 yield mine
@@ -175,9 +179,42 @@ class BatchOrder(Sampler[Tensor]):
         return drawn[torch.randperm(len(drawn), generator=generator)]
 
 
+class ResumableLoader(DataLoader):
+    """DataLoader over a `BatchOrder` that continues within an epoch; the Trainer keeps its state in the checkpoint.
+
+    The position counts batches handed to the Trainer, not those that workers have prepared. It holds for the epoch in
+    which it was saved; another epoch starts at its beginning.
+    """
+
+    _position = (0, 0)
+    _resume_at = (-1, 0)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        # a generator: workers start with the first batch, when the Trainer has set the epoch, and not before
+        order: Any = self.sampler
+        (epoch, done), self._resume_at = self._resume_at, (-1, 0)
+        order.start = done if epoch == order.epoch else 0
+        self._position = (order.epoch, order.start)
+        for batch in super().__iter__():
+            self._position = (self._position[0], self._position[1] + 1)
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch, and how many of its batches were handed out."""
+        return {"epoch": self._position[0], "batches": self._position[1]}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """The next iteration continues there if it is of the same epoch."""
+        self._resume_at = (state_dict["epoch"], state_dict["batches"])
+
+
 def loader(dataset: Dataset, order: BatchOrder, num_workers: int = 0, pin_memory: bool = False) -> DataLoader:
-    """DataLoader that fetches one batch per index tensor; its own generator keeps the global random state untouched."""
-    return DataLoader(
+    """DataLoader that fetches one batch per index tensor; its own generator keeps the global random state untouched.
+
+    Training loaders (those that shuffle) continue within an epoch.
+    """
+    kind = ResumableLoader if order.shuffle else DataLoader
+    return kind(
         dataset,
         sampler=order,
         batch_size=None,

@@ -10,6 +10,8 @@ LIGHTNING_VERBS = ("fit", "validate", "test", "predict")
 MODULES = {
     "list": "scripts.listing",
     "reproduce": "scripts.reproduce",
+    "sweep": "scripts.sweep",
+    "submit": "scripts.submit",
     "leaderboard": "scripts.leaderboard",
     "plot": "scripts.plot",
     "plan": "scripts.plan",
@@ -26,6 +28,8 @@ Train and check papers on noise in deep learning.
   validate --config RECIPE ...     evaluate a checkpoint on the validation sets
   test     --config RECIPE ...     evaluate a checkpoint on the test set
   predict  --config RECIPE ...     predict with a checkpoint
+  sweep RECIPE --set KEY=A,B       train the product of settings, one run after another
+  submit RECIPE ...                train on a SLURM cluster: writes the sbatch script and submits it
   leaderboard                      pages of all claims from the records in runs/
   plot     RUN ...                 learning curves of runs as PNG or SVG
   plan RECIPE --gpus N --memory M  memory of a recipe on one device, under DDP and FSDP2

@@ -14,18 +14,22 @@ import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks.nonfinite import StopOnNonFiniteLoss
+from callbacks.requeue import Requeue
 from callbacks.rng import RngState
 from callbacks.run_record import RunRecord
 from scripts import provenance, recipes
 from scripts.checkpoints import (
     FileInPlaceOfFolder,
+    LastCheckpoint,
     differences,
-    last_checkpoint,
+    own_checkpoint,
     read_checkpoint_facts,
     refuse_folder,
+    set_aside,
 )
 from scripts.code_hash import code_hash
 from scripts.errors import UserError
@@ -56,7 +60,7 @@ class RecipeCLI(LightningCLI):
         argv: arguments after the verb, without `--config`.
         more_configs: further config files, for the record.
         extra_callbacks: added to the Trainer (progress of `reproduce`).
-        resume: `fit` only: continue the folder's last checkpoint if this code wrote it.
+        resume: `fit` only: as its option `--resume true`.
     """
 
     def __init__(
@@ -126,6 +130,16 @@ class RecipeCLI(LightningCLI):
         parser.add_argument("--runs", type=str, default="runs", help="folder of all runs")
         parser.add_argument("--overwrite", type=bool, default=False, help="true deletes this run's earlier results")
         parser.add_argument(
+            "--resume",
+            type=bool,
+            default=False,
+            help="true continues the newest checkpoint of this run's own folder if the same code wrote it; else starts "
+            "anew and keeps what was there as <folder>.oldN",
+        )
+        parser.add_argument(
+            "--fallback", type=bool, default=False, help="with --resume: true passes over an unreadable checkpoint"
+        )
+        parser.add_argument(
             "--wandb", type=bool, default=True, help="mirror to Weights & Biases; offline when not logged in"
         )
 
@@ -172,22 +186,29 @@ class RecipeCLI(LightningCLI):
         config.checkpoint.dirpath = config.checkpoint.dirpath or str(self.folder / "checkpoints")
         config.trainer.default_root_dir = str(self.folder)
         self.ckpt_path = self._option("ckpt_path")
+        self.resume = self.resume or self._option("resume")
+        if self.resume and (self.ckpt_path or self._option("overwrite")):
+            raise UserError("--resume continues the run's own folder; give it without --ckpt_path and --overwrite")
+        if self._option("fallback") and not self.resume:
+            raise UserError("--fallback chooses among the checkpoints that --resume true may continue; give both")
+        if self.resume:
+            # every rank finds the same one
+            self.ckpt_path = own_checkpoint(self.folder / "checkpoints", self.code_hash, self._option("fallback"))
         if getattr(rank_zero_only, "rank", 0) in (None, 0):
             self._claim_folder()
+        config.ckpt_path = self.ckpt_path
 
     def _claim_folder(self) -> None:
         """Decides between a new run and a resume; nothing already there is lost without --overwrite."""
-        last = self.folder / "checkpoints" / "last.ckpt"
+        written = any((self.folder / "checkpoints").glob("*.ckpt"))
         if self.resume:
-            if last.exists() and read_checkpoint_facts(last).get("code_hash") == self.code_hash:
-                self.ckpt_path = str(last)
-            elif last.exists() or (self.folder / "record.json").exists():
-                _set_aside(self.folder)
+            if self.ckpt_path is None and (written or (self.folder / "record.json").exists()):
+                set_aside(self.folder)
         elif self._option("overwrite"):
             shutil.rmtree(self.folder, ignore_errors=True)
-        elif last.exists() and self.ckpt_path is None:
+        elif written and self.ckpt_path is None:
             raise UserError(
-                f"{self.folder} holds this run already; --ckpt_path {last} continues it, --overwrite true starts anew"
+                f"{self.folder} holds this run already; --resume true continues it, --overwrite true starts anew"
             )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -195,7 +216,6 @@ class RecipeCLI(LightningCLI):
             raise UserError(f"--runs: cannot write {self.folder}: {error}") from error
         if not os.access(self.folder, os.W_OK):
             raise UserError(f"--runs: cannot write {self.folder}: permission denied")
-        self.config[self.verb].ckpt_path = self.ckpt_path
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Adds the callbacks that every run has, and the W&B mirror."""
@@ -203,6 +223,11 @@ class RecipeCLI(LightningCLI):
         if self.verb == "fit" and self._option("wandb") and not self.plain["trainer"]["logger"]:
             kwargs["logger"] = wandb_logger(self.folder, f"{facts['recipe']} seed {self.seed}", self.ckpt_path)
             facts["wandb_id"] = kwargs["logger"].version
+        if SLURMEnvironment.detect():
+            given = self._get(self.config_init, "trainer").get("plugins") or []
+            # its own requeue writes the checkpoint within the signal's handler; callbacks.requeue waits for the step
+            own = SLURMEnvironment(auto_requeue=False)
+            kwargs["plugins"] = [*(given if isinstance(given, list) else [given]), own]
         trainer: Any = super().instantiate_trainer(**kwargs)
         refuse_folder(self._option("ckpt_path"), trainer.strategy)
         trainer.strategy.checkpoint_io = FileInPlaceOfFolder()
@@ -211,8 +236,9 @@ class RecipeCLI(LightningCLI):
             trainer.callbacks = others
         else:
             savers = [c for c in trainer.callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None]
-            always = [RngState(), StopOnNonFiniteLoss(), RunRecord(self.folder, facts)]
-            last = last_checkpoint(self.folder / "checkpoints")
+            checkpoints = self.folder / "checkpoints"
+            always = [RngState(), StopOnNonFiniteLoss(), Requeue(checkpoints), RunRecord(self.folder, facts)]
+            last = LastCheckpoint(checkpoints)
             trainer.callbacks = [*others, *self.extra_callbacks, *always, *savers, last]
         return trainer
 
@@ -275,14 +301,6 @@ def explained(action: Callable[[], Any], recipe: str) -> Any:
             raise
         hint = f"(recipe {recipe}; NOISEBENCH_TRACEBACK=1 shows where)" if recipe else ""
         raise UserError(f"{plain_message(str(error))} {hint}".strip()) from error
-
-
-def _set_aside(folder: Path) -> None:
-    """Keeps what other code left in the folder, under another name."""
-    number = 1
-    while (target := folder.with_name(f"{folder.name}.old{number}")).exists():
-        number += 1
-    folder.rename(target)
 
 
 def _shown(recipe: Path) -> str:

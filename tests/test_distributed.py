@@ -140,7 +140,13 @@ def draws(out: Path) -> None:
     options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     options |= {"enable_model_summary": False, "num_sanity_val_steps": 0, "use_distributed_sampler": False}
     trainer = L.Trainer(
-        max_epochs=1, limit_train_batches=1, accelerator="cpu", devices=2, strategy=strategy, callbacks=[seen], **options
+        max_epochs=1,
+        limit_train_batches=1,
+        accelerator="cpu",
+        devices=2,
+        strategy=strategy,
+        callbacks=[seen],
+        **options,
     )
     trainer.fit(module, datamodule=data)
     if trainer.is_global_zero:
