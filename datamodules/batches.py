@@ -91,7 +91,7 @@ class BatchOrder(Sampler[Tensor]):
 
     The order of an epoch is a function of (seed, epoch) alone, so a resumed run continues in the order of an
     undisturbed one, and each global batch holds the same examples whatever the number of ranks. Nothing is padded or
-    repeated: a last, smaller batch is kept and split as evenly as it goes.
+    repeated: a last, smaller batch is kept (for evaluation split as evenly as it goes).
 
     Args:
         num_examples: examples per pass.
@@ -104,8 +104,8 @@ class BatchOrder(Sampler[Tensor]):
         num_batches: batches per pass of a class-balanced epoch.
 
     Raises:
-        ValueError: the batch does not divide by the number of replicas, or a training pass ends with fewer examples
-            than replicas (a replica without examples would leave the others waiting for its gradient).
+        ValueError: the batch, or the last smaller one of a training pass, does not divide by the number of replicas:
+            the mean of the replicas' means would not be that of the batch.
     """
 
     def __init__(
@@ -138,10 +138,10 @@ class BatchOrder(Sampler[Tensor]):
             self.per_class = num_batches * batch_size // len(counts)
             self._drawn = int(counts.clamp(max=self.per_class).sum())
         rest = self._drawn % batch_size
-        if shuffle and 0 < rest < num_replicas:
+        if shuffle and rest % num_replicas:
             raise ValueError(
                 f"data.batch_size {batch_size} leaves {rest} of {self._drawn} training examples for the last batch, "
-                f"fewer than the {num_replicas} processes; choose another"
+                f"which do not divide by the {num_replicas} processes; choose another"
             )
         self.epoch = 0
         self.start = 0

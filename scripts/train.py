@@ -2,11 +2,10 @@
 
 import os
 import shlex
-import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import lightning as L
 import torch
@@ -29,7 +28,6 @@ from scripts.checkpoints import (
     own_checkpoint,
     read_checkpoint_facts,
     refuse_folder,
-    set_aside,
 )
 from scripts.code_hash import code_hash
 from scripts.errors import UserError
@@ -43,6 +41,7 @@ from scripts.options import (
     split_config_options,
     without_options,
 )
+from scripts.run_folder import claim_folder, lock_run
 
 # `--trainer.limit_train_batches 1` is one batch, 1.0 all of them. `typing` keeps one object for both orders of
 # Optional[Union[int, float]]: without this, the order of other imports would decide which type is tried first.
@@ -79,6 +78,7 @@ class RecipeCLI(LightningCLI):
         self.more_configs = more_configs
         self.extra_callbacks = extra_callbacks
         self.resume = resume
+        self.lock: IO[str] | None = None
         documents = [] if recipe is None else recipes.expand(recipe)
         for name in more_configs:
             documents += recipes.expand(recipes.find_recipe(name))
@@ -94,7 +94,11 @@ class RecipeCLI(LightningCLI):
             if verb != "fit":
                 # nor does a checkpoint's evaluation need the callbacks that recorded its training
                 warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks")
-            self._start([verb, *options, *argv])
+            try:
+                self._start([verb, *options, *argv])
+            finally:
+                if self.lock is not None:
+                    self.lock.close()
 
     def _start(self, args: list[str]) -> None:
         strict = {"exit_on_error": False, "allow_abbrev": False}
@@ -191,31 +195,15 @@ class RecipeCLI(LightningCLI):
             raise UserError("--resume continues the run's own folder; give it without --ckpt_path and --overwrite")
         if self._option("fallback") and not self.resume:
             raise UserError("--fallback chooses among the checkpoints that --resume true may continue; give both")
+        writes = getattr(rank_zero_only, "rank", 0) in (None, 0)
+        if writes:
+            self.lock = lock_run(self.folder)
         if self.resume:
             # every rank finds the same one
             self.ckpt_path = own_checkpoint(self.folder / "checkpoints", self.code_hash, self._option("fallback"))
-        if getattr(rank_zero_only, "rank", 0) in (None, 0):
-            self._claim_folder()
+        if writes:
+            claim_folder(self.folder, self.ckpt_path, self.resume, self._option("overwrite"))
         config.ckpt_path = self.ckpt_path
-
-    def _claim_folder(self) -> None:
-        """Decides between a new run and a resume; nothing already there is lost without --overwrite."""
-        written = any((self.folder / "checkpoints").glob("*.ckpt"))
-        if self.resume:
-            if self.ckpt_path is None and (written or (self.folder / "record.json").exists()):
-                set_aside(self.folder)
-        elif self._option("overwrite"):
-            shutil.rmtree(self.folder, ignore_errors=True)
-        elif written and self.ckpt_path is None:
-            raise UserError(
-                f"{self.folder} holds this run already; --resume true continues it, --overwrite true starts anew"
-            )
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--runs: cannot write {self.folder}: {error}") from error
-        if not os.access(self.folder, os.W_OK):
-            raise UserError(f"--runs: cannot write {self.folder}: permission denied")
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Adds the callbacks that every run has, and the W&B mirror."""

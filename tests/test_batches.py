@@ -52,10 +52,11 @@ def test_seeds_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     assert batches(BatchOrder(50, 8, shuffle=True)) != first
 
 
+@pytest.mark.parametrize(("count", "shuffle"), [(54, True), (51, False)], ids=["training", "evaluation"])
 @pytest.mark.parametrize("replicas", [1, 2, 3])
-def test_nothing_is_padded_or_lost(replicas: int) -> None:
-    seen = [flat(batches(BatchOrder(51, 12, True, rank=rank, num_replicas=replicas))) for rank in range(replicas)]
-    assert sorted(flat(seen)) == list(range(51))
+def test_nothing_is_padded_or_lost(count: int, shuffle: bool, replicas: int) -> None:
+    seen = [flat(batches(BatchOrder(count, 12, shuffle, rank=rank, num_replicas=replicas))) for rank in range(replicas)]
+    assert sorted(flat(seen)) == list(range(count))
 
 
 def test_two_replicas_share_each_global_batch() -> None:
@@ -88,9 +89,12 @@ def test_batch_that_does_not_divide_is_refused() -> None:
         BatchOrder(50, 7, shuffle=True, num_replicas=2)
 
 
-def test_training_batch_smaller_than_the_replicas_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"data\.batch_size 8 leaves 1 of 25 training examples .* the 2 processes"):
-        BatchOrder(25, 8, shuffle=True, num_replicas=2)
+@pytest.mark.parametrize(("count", "rest"), [(25, 1), (27, 3)])
+def test_last_training_batch_that_does_not_divide_is_refused(count: int, rest: int) -> None:
+    """The mean of two means over 2 and 1 examples is not the mean over 3."""
+    message = rf"data\.batch_size 8 leaves {rest} of {count} training examples .* do not divide by the 2 processes"
+    with pytest.raises(ValueError, match=message):
+        BatchOrder(count, 8, shuffle=True, num_replicas=2)
 
 
 # class-balanced epochs
