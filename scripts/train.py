@@ -195,6 +195,11 @@ class RecipeCLI(LightningCLI):
             raise UserError("--resume continues the run's own folder; give it without --ckpt_path and --overwrite")
         if self._option("fallback") and not self.resume:
             raise UserError("--fallback chooses among the checkpoints that --resume true may continue; give both")
+        self._claim_folder()
+        config.ckpt_path = self.ckpt_path
+
+    def _claim_folder(self) -> None:
+        """Rank 0 locks the folder and decides between a new run and a resume."""
         writes = getattr(rank_zero_only, "rank", 0) in (None, 0)
         if writes:
             self.lock = lock_run(self.folder)
@@ -203,7 +208,6 @@ class RecipeCLI(LightningCLI):
             self.ckpt_path = own_checkpoint(self.folder / "checkpoints", self.code_hash, self._option("fallback"))
         if writes:
             claim_folder(self.folder, self.ckpt_path, self.resume, self._option("overwrite"))
-        config.ckpt_path = self.ckpt_path
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Adds the callbacks that every run has, and the W&B mirror."""

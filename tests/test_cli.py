@@ -75,7 +75,7 @@ def _config_hash(words: list[str]) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.RecipeCLI, "instantiate_classes", lambda self: None)
         patch.setattr(train.RecipeCLI, "_run_subcommand", lambda self, name: None)
-        patch.setattr(train, "claim_folder", lambda *options: None)
+        patch.setattr(train.RecipeCLI, "_claim_folder", lambda self: None)
         return train.run("fit", words).config_hash
 
 

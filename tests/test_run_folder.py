@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def hold(folder: Path, said: Connection) -> None:
 
 
 @pytest.fixture
-def holder(tmp_path: Path) -> multiprocessing.process.BaseProcess:
+def holder(tmp_path: Path) -> BaseProcess:
     """Another process that holds the lock of `run`."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
@@ -33,13 +34,13 @@ def holder(tmp_path: Path) -> multiprocessing.process.BaseProcess:
     return process
 
 
-def test_second_process_is_refused_and_told_who_is_there(holder: multiprocessing.process.BaseProcess, tmp_path: Path) -> None:
+def test_second_process_is_refused_and_told_who_is_there(holder: BaseProcess, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"run is in use by process {holder.pid} on "):
         lock_run(tmp_path / "run")
     holder.kill()
 
 
-def test_killed_process_leaves_no_lock_behind(holder: multiprocessing.process.BaseProcess, tmp_path: Path) -> None:
+def test_killed_process_leaves_no_lock_behind(holder: BaseProcess, tmp_path: Path) -> None:
     os.kill(holder.pid or 0, signal.SIGKILL)
     holder.join()
     assert f"process {os.getpid()} on" in Path(lock_run(tmp_path / "run").name).read_text()
