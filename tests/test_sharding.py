@@ -25,7 +25,7 @@ from lightning_modules import elr
 from lightning_modules.networks.image import SmallResNet, TimmNet
 from lightning_modules.sharding import FSDP2, find_blocks, shard
 from scripts import memory, train
-from scripts.checkpoints import last_checkpoint
+from scripts.checkpoints import LastCheckpoint
 from scripts.consolidate import consolidate
 
 SMALL = SyntheticImages(num_classes=4, channels=1, size=8, per_class=30)
@@ -78,7 +78,7 @@ def fit(
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         gradient_clip_val=0.5,
-        callbacks=[*callbacks, last_checkpoint(out / "checkpoints")],
+        callbacks=[*callbacks, LastCheckpoint(out / "checkpoints")],
         **options,
     )
     data = ImageData(SMALL, 12, val_fraction=0.2, noise=Symmetric(0.4))
