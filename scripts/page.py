@@ -27,6 +27,7 @@ from scripts.claims import Paper
 from scripts.errors import UserError
 from scripts.external import External
 from scripts.markdown import MEANINGS, mean_sd
+from scripts.pictures import Picture, read_pictures
 from scripts.records import ClaimResult
 from scripts.sections import ClaimView, claim_views, read_curves
 from scripts.verdicts import VERDICTS
@@ -91,10 +92,12 @@ def render(
     holm = dict(zip(map(id, results), holm_verdicts(results), strict=True))
     shown: dict[str, list[ClaimView]] = {}
     own_forests: dict[str, list[drawings.Plan]] = {}
+    pictures: dict[str, list[Picture]] = {}
     for paper in papers:
         own = [result for result in results if result.claim.slug == paper.slug]
         curves, unreadable = read_curves(own)
-        broken += unreadable
+        pictures[paper.slug], missing = read_pictures({r.path: r for result in own for r in result.records}.values())
+        broken += [*unreadable, *missing]
         shown[paper.slug] = claim_views(own, curves, holm, external)
         own_forests[paper.slug] = drawings.forests(own, of_paper=True)
     known = [*problems, *broken]
@@ -130,6 +133,7 @@ def render(
             paper=paper,
             views=shown[paper.slug],
             forests=paper_drawings[paper.slug],
+            pictures=pictures[paper.slug],
             scales=_by_scale(shown[paper.slug]),
             recipes=views.recipe_rows(paper.slug),
             problems=[problem for problem in known if f"/{paper.slug}/" in problem],

@@ -110,6 +110,7 @@ class DiffusionModule(L.LightningModule):
         """Couples, draws times, weighs."""
         with torch.no_grad():
             data = self.encoder(batch["image"])
+            self.image_shape = tuple(data.shape[1:])
             noise, rows = self.coupling(data, self.noise_generator)
             label = self._dropped(batch)
             if rows is not None:
@@ -130,7 +131,7 @@ class DiffusionModule(L.LightningModule):
         self._steps = self.trainer.global_step
         self.time_sampler.step(self._steps)
         if self.evaluation is not None and self._steps in self.evaluation.steps:
-            self._measure(self.evaluation, tuple(self.encoder(batch["image"][:1]).shape[1:]))
+            self._measure(self.evaluation)
 
     def on_train_epoch_end(self) -> None:
         """Logs the epoch's means, the sampler's progress and all FD so far."""
@@ -232,11 +233,11 @@ class DiffusionModule(L.LightningModule):
         for name, net in (("", self.average.module), ("_raw", self.net)):
             self._probes[name].add(mass, self._errors(net, data, noise, time, label))
 
-    def _measure(self, evaluation: SampleEvaluation, shape: tuple[int, ...]) -> None:
+    def _measure(self, evaluation: SampleEvaluation) -> None:
         """FD of the averaged weights at this step."""
         digest = evaluation.prepare(self.trainer.datamodule, self.encoder)  # type: ignore[attr-defined]
         part = {"rank": self.global_rank, "world_size": self.trainer.world_size}
-        found = evaluation.distances(self.denoiser(), shape, self.num_classes, **part)
+        found = evaluation.distances(self.denoiser(), self.image_shape, self.num_classes, **part)
         self.distances |= found | {f"{name}_step{self._steps}": value for name, value in found.items()}
         # 24 bits are exact in float32: records show whether two values were measured with the same net
         self.distances["fd/feature_net"] = torch.tensor(float(int(digest[:6], 16)))
