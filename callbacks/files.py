@@ -11,8 +11,8 @@ SCHEMA = 1
 """Version of record.json; raised when a field changes its meaning."""
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replaces `path` by `text` in one step; on failure the old file stays and nothing else is left behind.
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Replaces `path` by `content` in one step; on failure the old file stays and nothing else is left behind.
 
     Raises:
         OSError: the folder cannot be written or the disk is full.
@@ -20,8 +20,8 @@ def write_atomic(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes files private; records are for everyone who may read the folder

@@ -63,11 +63,30 @@ class Memorization(Callback):
         if batch.get("pass", 0) == 0:
             self._predicted[batch["index"]] = outputs["logits"].argmax(1)
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Logs the shares; ranks hold disjoint examples, so the maximum joins them."""
-        predicted = self._predicted
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """The predictions travel in a checkpoint written within an epoch, joined over the ranks."""
+        if hasattr(self, "_predicted"):
+            self._join(trainer)
+            checkpoint["predicted"] = self._predicted.cpu().clone()
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Takes the predictions back."""
+        if "predicted" in checkpoint:
+            self._predicted = checkpoint["predicted"].clone()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Moves them to where the batches are."""
+        if hasattr(self, "_predicted"):
+            self._predicted = self._predicted.to(pl_module.device)
+
+    def _join(self, trainer: L.Trainer) -> None:
+        """Ranks hold disjoint examples, so the maximum joins them."""
         if trainer.world_size > 1:
-            torch.distributed.all_reduce(predicted, op=torch.distributed.ReduceOp.MAX)
+            torch.distributed.all_reduce(self._predicted, op=torch.distributed.ReduceOp.MAX)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Logs the shares."""
+        self._join(trainer)
         labels = trainer.datamodule.train_labels()  # type: ignore[attr-defined]
-        shares = memorization_shares(predicted.cpu(), labels["label"], labels["clean_label"])
+        shares = memorization_shares(self._predicted.cpu(), labels["label"], labels["clean_label"])
         pl_module.log_dict({k: v.float() for k, v in shares.items()}, rank_zero_only=False)

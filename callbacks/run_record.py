@@ -150,10 +150,13 @@ class RunRecord(Checkpoint):
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, status: str, reason: str | None) -> None:
         if not hasattr(self, "_started"):
             self._started = _clocks()
-        spent = self._spent()
+        spent, flops_per_step = self._spent(), self.flops_per_step
         if status == "finished":
             # only now: after a failure the other ranks may not answer any more
-            spent["cpu_seconds"] = float(trainer.strategy.reduce(torch.tensor(spent["cpu_seconds"]), reduce_op="sum"))
+            mine = [round(spent["cpu_seconds"] * 1e6), self.flops_per_step or 0]
+            sums = trainer.strategy.reduce(torch.tensor(mine, device=trainer.strategy.root_device), reduce_op="sum")
+            spent["cpu_seconds"] = int(sums[0]) / 1e6
+            flops_per_step = int(sums[1]) or None
         if not trainer.is_global_zero:
             return
         savers = [s for s in trainer.checkpoint_callbacks if getattr(s, "monitor", None) is not None]
@@ -170,7 +173,7 @@ class RunRecord(Checkpoint):
             "peak_memory_bytes": _peak_memory(),
             "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
             "parameters": sum(p.numel() for p in pl_module.parameters()),
-            "flops_per_step": self.flops_per_step,
+            "flops_per_step": flops_per_step,
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         write_record(self.folder, record)

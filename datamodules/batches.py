@@ -1,6 +1,7 @@
 """Whole-batch fetching: data stay tensors, a batch is one gather, its order a function of (seed, epoch)."""
 
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -90,7 +91,7 @@ class BatchOrder(Sampler[Tensor]):
 
     The order of an epoch is a function of (seed, epoch) alone, so a resumed run continues in the order of an
     undisturbed one, and each global batch holds the same examples whatever the number of ranks. Nothing is padded or
-    repeated: a last, smaller batch is kept and split as evenly as it goes.
+    repeated: a last, smaller batch is kept (for evaluation split as evenly as it goes).
 
     Args:
         num_examples: examples per pass.
@@ -103,8 +104,8 @@ class BatchOrder(Sampler[Tensor]):
         num_batches: batches per pass of a class-balanced epoch.
 
     Raises:
-        ValueError: the batch does not divide by the number of replicas, or a training pass ends with fewer examples
-            than replicas (a replica without examples would leave the others waiting for its gradient).
+        ValueError: the batch, or the last smaller one of a training pass, does not divide by the number of replicas:
+            the mean of the replicas' means would not be that of the batch.
     """
 
     def __init__(
@@ -137,12 +138,14 @@ class BatchOrder(Sampler[Tensor]):
             self.per_class = num_batches * batch_size // len(counts)
             self._drawn = int(counts.clamp(max=self.per_class).sum())
         rest = self._drawn % batch_size
-        if shuffle and 0 < rest < num_replicas:
+        if shuffle and rest % num_replicas:
             raise ValueError(
                 f"data.batch_size {batch_size} leaves {rest} of {self._drawn} training examples for the last batch, "
-                f"fewer than the {num_replicas} processes; choose another"
+                f"which do not divide by the {num_replicas} processes; choose another"
             )
         self.epoch = 0
+        self.start = 0
+        """Batches that the next iteration leaves out."""
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch's order; the Trainer calls this."""
@@ -152,7 +155,8 @@ class BatchOrder(Sampler[Tensor]):
         return self.num_passes * -(-self._drawn // self.batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
-        for batch in self._global_batches():
+        start, self.start = self.start, 0
+        for batch in islice(self._global_batches(), start, None):
             mine = batch.tensor_split(self.num_replicas)[self.rank] if self.num_replicas > 1 else batch
             if len(mine):
                 yield mine
@@ -175,9 +179,42 @@ class BatchOrder(Sampler[Tensor]):
         return drawn[torch.randperm(len(drawn), generator=generator)]
 
 
+class ResumableLoader(DataLoader):
+    """DataLoader over a `BatchOrder` that continues within an epoch; the Trainer keeps its state in the checkpoint.
+
+    The position counts batches handed to the Trainer, not those that workers have prepared. It holds for the epoch in
+    which it was saved; another epoch starts at its beginning.
+    """
+
+    _position = (0, 0)
+    _resume_at = (-1, 0)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        # a generator: workers start with the first batch, when the Trainer has set the epoch, and not before
+        order: Any = self.sampler
+        (epoch, done), self._resume_at = self._resume_at, (-1, 0)
+        order.start = done if epoch == order.epoch else 0
+        self._position = (order.epoch, order.start)
+        for batch in super().__iter__():
+            self._position = (self._position[0], self._position[1] + 1)
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch, and how many of its batches were handed out."""
+        return {"epoch": self._position[0], "batches": self._position[1]}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """The next iteration continues there if it is of the same epoch."""
+        self._resume_at = (state_dict["epoch"], state_dict["batches"])
+
+
 def loader(dataset: Dataset, order: BatchOrder, num_workers: int = 0, pin_memory: bool = False) -> DataLoader:
-    """DataLoader that fetches one batch per index tensor; its own generator keeps the global random state untouched."""
-    return DataLoader(
+    """DataLoader that fetches one batch per index tensor; its own generator keeps the global random state untouched.
+
+    Training loaders (those that shuffle) continue within an epoch.
+    """
+    kind = ResumableLoader if order.shuffle else DataLoader
+    return kind(
         dataset,
         sampler=order,
         batch_size=None,

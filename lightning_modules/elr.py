@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from callbacks.rng import make_generator, seed_for
 from lightning_modules.noisy_labels.targets import NoisyLabelModule
+from lightning_modules.sharding import shard
 
 EPS = 1e-4
 """Clamp of the probabilities: official code; the paper has none."""
@@ -191,6 +192,10 @@ class ELR(NoisyLabelModule):
         self.regularizer = elr_regularizer if reg == "elr" else kl_regularizer
         self.net = _build(net, "net")
 
+    def configure_model(self) -> None:
+        """Shards the net under FSDP2."""
+        shard(self.net, self.device_mesh, precision=self.trainer.precision)
+
     def forward(self, image: Tensor) -> Tensor:
         """Logits (B, C)."""
         return self.net(image)
@@ -259,6 +264,11 @@ class ELRPlus(NoisyLabelModule):
         # as in the official code the averages start from weights of their own; the first decay is about 0.007
         averages = [_build(net, f"average/{k}").requires_grad_(False) for k in range(self.num_passes if ema else 0)]
         self.averages = nn.ModuleList(averages)
+
+    def configure_model(self) -> None:
+        """Shards nets and averages under FSDP2."""
+        for net in (*self.nets, *self.averages):
+            shard(net, self.device_mesh, precision=self.trainer.precision)
 
     def setup(self, stage: str) -> None:
         """Adds the generator of mixup: a draw of the step, so ranks differ."""

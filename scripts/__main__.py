@@ -7,7 +7,16 @@ import sys
 from scripts.errors import UserError
 
 LIGHTNING_VERBS = ("fit", "validate", "test", "predict")
-MODULES = {"list": "scripts.listing", "reproduce": "scripts.reproduce", "leaderboard": "scripts.leaderboard"}
+MODULES = {
+    "list": "scripts.listing",
+    "reproduce": "scripts.reproduce",
+    "sweep": "scripts.sweep",
+    "submit": "scripts.submit",
+    "leaderboard": "scripts.leaderboard",
+    "plot": "scripts.plot",
+    "plan": "scripts.plan",
+    "consolidate": "scripts.consolidate",
+}
 
 HELP = """usage: noisebench VERB ...
 
@@ -19,7 +28,12 @@ Train and check papers on noise in deep learning.
   validate --config RECIPE ...     evaluate a checkpoint on the validation sets
   test     --config RECIPE ...     evaluate a checkpoint on the test set
   predict  --config RECIPE ...     predict with a checkpoint
-  leaderboard                      table of all claims from the records in runs/
+  sweep RECIPE --set KEY=A,B       train the product of settings, one run after another
+  submit RECIPE ...                train on a SLURM cluster: writes the sbatch script and submits it
+  leaderboard                      pages of all claims from the records in runs/
+  plot     RUN ...                 learning curves of runs as PNG or SVG
+  plan RECIPE --gpus N --memory M  memory of a recipe on one device, under DDP and FSDP2
+  consolidate CKPT_FOLDER          one file of a sharded checkpoint
 
 examples:
   noisebench reproduce elr

@@ -98,9 +98,8 @@ def p_value(result: ClaimResult) -> float | None:
         None for a claim that is not run; 1 if a seed failed, as then nothing counts as reproduced.
     """
     claim = result.claim
-    other = [claim.threshold] * len(result.treatment) if result.control is None else result.control
     differences = []
-    for metric, against in zip(result.treatment, other, strict=True):
+    for metric, against in zip(result.treatment, result.against, strict=True):
         if metric is None or against is None:
             return None
         sign = 1 if claim.direction == "greater" else -1

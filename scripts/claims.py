@@ -12,7 +12,7 @@ from scripts.errors import UserError
 
 PAPER_KEYS = ("title", "arxiv", "venue", "family")
 REQUIRED = ("id", "text", "scale", "treatment", "metric", "direction", "seeds")
-OPTIONAL = ("control", "control_metric", "margin", "threshold", "paper", "extra")
+OPTIONAL = ("control", "control_metric", "factor", "margin", "threshold", "paper", "extra")
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Claim:
         seeds: at least two; a seed's treatment and control form a pair.
         control: file name of the control's recipe; None for a claim against `threshold`.
         control_metric: metric of the control where it is another one.
+        factor: the control's metric is multiplied by it: `less` with factor 0.6 claims at most 0.6 times the control's.
         margin: least effect asserted, in the metric's units; negative for "not worse by more than".
         threshold: what the metric is held against where there is no control.
         paper: the paper's own numbers (treatment, control, source), for the reader.
@@ -46,6 +47,7 @@ class Claim:
     seeds: tuple[int, ...]
     control: str | None = None
     control_metric: str | None = None
+    factor: float = 1.0
     margin: float = 0.0
     threshold: float | None = None
     paper: dict[str, Any] = field(default_factory=dict, hash=False)
@@ -126,7 +128,7 @@ def _claim(path: Path, slug: str, number: int, entry: Any) -> Claim:
     for key in ("treatment", "control"):
         if key in entry:
             _check_recipe(place, slug, key, entry[key])
-    for key in ("margin", "threshold"):
+    for key in ("factor", "margin", "threshold"):
         if key in entry:
             _check_number(place, key, entry[key])
     _check_arms(place, entry)
@@ -147,8 +149,11 @@ def _check_arms(place: str, entry: dict[str, Any]) -> None:
     if ("control" in entry) == ("threshold" in entry):
         given = "both" if "control" in entry else "neither"
         raise UserError(f"{place}: give either control (a recipe) or threshold (a number), got {given}")
-    if "control_metric" in entry and "control" not in entry:
-        raise UserError(f"{place}: control_metric needs a control, got {entry['control_metric']!r} alone")
+    for key in ("control_metric", "factor"):
+        if key in entry and "control" not in entry:
+            raise UserError(f"{place}: {key} needs a control, got {entry[key]!r} alone")
+    if entry.get("factor", 1.0) <= 0:
+        raise _wrong(place, "factor", "above 0", entry["factor"])
 
 
 def _check_keys(place: str, mapping: dict[str, Any], required: tuple[str, ...], optional: tuple[str, ...]) -> None:

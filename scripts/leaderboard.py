@@ -1,13 +1,10 @@
-"""`noisebench leaderboard`: the table of all claims. Imports no torch."""
+"""`noisebench leaderboard`: the pages of all claims. Imports no torch."""
 
 import argparse
-import math
-import statistics
 import sys
-from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from callbacks.files import write_atomic
 from scripts import recipes
@@ -15,121 +12,74 @@ from scripts.claims import Paper, load_paper
 from scripts.errors import UserError
 from scripts.external import FILE as REPORTED
 from scripts.external import External, add_external, read_external
+from scripts.markdown import render, summary, tally, verdict_lines
 from scripts.published import publish, read_published
 from scripts.readme import between_markers
 from scripts.records import ClaimResult, Record, evaluate, read_records
-from scripts.verdicts import VERDICTS
-
-LEGEND = """Effect: mean over seeds of ±(treatment − control or threshold), positive in the direction that the claim
-says, with one-sided 95 % t bounds [L, U]; both are held against the margin. Other values are mean ± sd (n seeds);
-accuracies and shares are fractions of 1. CPU-s: all runs of a claim; claims may share runs.
-
-| verdict | means | does not mean |
-|---|---|---|
-| **reproduced** | every seed finished and L exceeds the margin | that the paper's own numbers are met |
-| **not reproduced** | U is below the margin, or at least two treatment seeds failed | that it is false elsewhere |
-| **inconclusive** | neither: the bounds enclose the margin, or a seed failed | that there is no effect |
-| **not run** | a run has no record | anything about the claim |
-| *stale* | recipe or code have changed since a run | that the code of today was judged |"""
 
 DOCS = Path("docs/leaderboard")
-"""In a checkout: published records, reported results and the page made from them."""
-
-SECTIONS = {
-    "mini": "Mini scale\n\nSmall nets and data: whether the effect shows at all. Says nothing of the paper's scale.",
-    "paper": "Paper scale\n\nThe papers' own nets, data and settings.",
-}
-COLUMNS = (
-    "Paper",
-    "Claim",
-    "Scale",
-    "Verdict",
-    "Effect [L, U], margin",
-    "Treatment mean ± sd (n)",
-    "Control mean ± sd (n)",
-    "Paper's numbers",
-    "Cost (CPU-s)",
-)
+"""In a checkout: published records, reported results and the pages made from them."""
+PICTURE = "effects.svg"
+README = Path("README.md")
 
 
-def render(
-    papers: Sequence[Paper],
-    results: Sequence[ClaimResult],
-    reported: Sequence[External] = (),
-    problems: Sequence[str] = (),
-) -> str:
-    """The page in Markdown: one table per scale, claims in the papers' order, failing ones among the others."""
-    lines = ["# Verdicts", "", LEGEND, ""]
-    for scale, heading in SECTIONS.items():
-        rows = [result for result in results if result.claim.scale == scale]
-        if rows:
-            lines += [f"## {heading}", "", f"{tally(rows)}.", ""]
-            lines += [_row(COLUMNS), _row(["---"] * len(COLUMNS))]
-            lines += [_row(_cells(result)) for result in rows] + [""]
-    lines += [*_many_claims(results), *_reported(reported), "## Papers", ""]
-    lines += [f"- `{paper.slug}`: {paper.title} ({paper.venue}, arXiv {paper.arxiv})" for paper in papers]
-    if problems:
-        lines += ["", "## Records that could not be used", "", *(f"- {problem}" for problem in problems)]
-    return "\n".join(lines) + "\n"
+@dataclass(frozen=True)
+class Board:
+    """All papers, what the records say of each of their claims, numbers of others, files that could not be used."""
+
+    papers: list[Paper]
+    results: list[ClaimResult]
+    problems: list[str]
+    reported: list[External]
 
 
-def tally(results: Sequence[ClaimResult]) -> str:
-    """How many claims have each verdict: `6 reproduced, 1 not reproduced, 0 inconclusive, 2 not run`."""
-    counts = Counter(result.verdict.name for result in results)
-    return ", ".join(f"{counts[name]} {name}" for name in VERDICTS)
-
-
-def verdict_lines(result: ClaimResult) -> str:
-    """One claim for the terminal, two or three lines."""
-    claim, verdict = result.claim, result.verdict
-    stale = " (stale)" if result.stale else ""
-    lines = [f"{verdict.name.upper()}{stale}  {claim.slug}/{claim.id}: {claim.text}"]
-    if result.records:
-        arms = f"{claim.treatment.removesuffix('.yaml')} {mean_sd(result.treatment)}, "
-        if result.control is None or claim.control is None:
-            arms += f"threshold {claim.threshold:g}"
-        else:
-            other = f" {claim.control_metric}" if claim.control_metric else ""
-            arms += f"{claim.control.removesuffix('.yaml')}{other} {mean_sd(result.control)}"
-        lines.append(f"    {claim.metric}: {arms}; effect {_effect(result)}")
-    lines.append(f"    {verdict.reason}; {result.cpu_seconds:.0f} CPU-s")
-    return "\n".join(lines)
-
-
-def mean_sd(values: Sequence[float | None]) -> str:
-    """`mean ± sd (n, k failed)` over the finished seeds; a dash for none."""
-    found = [value for value in values if value is not None and math.isfinite(value)]
-    failed = sum(value is not None for value in values) - len(found)
-    count = f"({len(found)}{f', {failed} failed' if failed else ''})"
-    if not found:
-        return f"– {count}"
-    if len(found) == 1:
-        return f"{found[0]:.4g} {count}"
-    return f"{statistics.fmean(found):.4g} ± {statistics.stdev(found):.2g} {count}"
-
-
-def judge_all(records: Sequence[Record]) -> tuple[list[Paper], list[ClaimResult]]:
-    """All papers, and what these records say of each of their claims."""
+def judge(records: Sequence[Record], problems: Sequence[str], reported: Sequence[External] = ()) -> Board:
+    """Judges every claim of every paper from these records."""
     papers = [load_paper(slug) for slug in recipes.papers()]
-    return papers, [evaluate(claim, records) for paper in papers for claim in paper.claims]
+    of_paper: dict[str, list[Record]] = {}
+    for record in records:
+        of_paper.setdefault(record.run[0].partition("/")[0], []).append(record)
+    results = [evaluate(claim, of_paper.get(paper.slug, ())) for paper in papers for claim in paper.claims]
+    return Board(papers, results, list(problems), list(reported))
 
 
-def write(runs: Path) -> Path:
-    """Writes `<runs>/leaderboard.md` in one step and returns it.
+def board_of_runs(runs: Path) -> Board:
+    """What the records in a folder of runs say.
 
     Raises:
-        UserError: the folder cannot be read or written.
+        UserError: the folder cannot be read.
     """
-    records, problems = read_records(runs)
-    return _write(runs / "leaderboard.md", render(*judge_all(records), problems=problems), "--runs")
+    return judge(*read_records(runs))
+
+
+def board_of_docs(docs: Path) -> Board:
+    """What the published records say, beside reported results."""
+    reported = read_external(docs / REPORTED) if (docs / REPORTED).exists() else []
+    return judge(*read_published(docs / "records"), reported)
+
+
+def write_pages(board: Board, target: Path, option: str) -> Path:
+    """Writes index.html and a page for each paper to `target`; returns the index. Adds broken curves to the problems.
+
+    Raises:
+        UserError: a page cannot be written; names `option`.
+    """
+    from scripts import page  # with Matplotlib and Jinja2, which `list` and `--help` need not load
+
+    pages, broken = page.render(board.papers, board.results, board.problems, target, board.reported)
+    board.problems.extend(broken)
+    for file, text in pages.items():
+        _write(file, text, option)
+    return target / "index.html"
 
 
 def verb(argv: list[str]) -> int:
     """Entry of `noisebench leaderboard`; 1 if a record could not be used."""
     parser = argparse.ArgumentParser(
         prog="noisebench leaderboard",
-        description="Reads the records of all runs and writes the table of verdicts to leaderboard.md among them. In a "
-        "checkout it also writes docs/leaderboard/README.md and the README's table anew from the published records.",
+        description="Reads the records of all runs and writes pages with verdicts, charts, commands and settings to "
+        "leaderboard/ among them. In a checkout it also writes docs/leaderboard and the README's table and picture "
+        "anew from the published records.",
         epilog="examples: noisebench leaderboard --runs runs; noisebench leaderboard --publish",
         allow_abbrev=False,
     )
@@ -147,101 +97,51 @@ def verb(argv: list[str]) -> int:
     committed = options.publish or options.add is not None or (DOCS / "records").is_dir()
     if not options.runs.is_dir() and (options.publish or not committed):
         raise UserError(f"--runs: no folder {options.runs.absolute()}; `noisebench reproduce` makes it")
-    records, problems = read_records(options.runs)
-    papers, results = judge_all(records)
-    for result in results:
+    board = board_of_runs(options.runs)
+    for result in board.results:
         if result.records:
             print(verdict_lines(result))
-    print(f"{len(results)} claims: {tally(results)}")
+    print(f"{len(board.results)} claims: {tally(board.results)}")
     if options.runs.is_dir():
-        text = render(papers, results, problems=problems)
-        print(f"table of all claims: {_write(options.runs / 'leaderboard.md', text, '--runs')}")
+        print(f"page of all claims: {write_pages(board, options.runs / 'leaderboard', '--runs')}")
+    problems = board.problems
     if committed:
-        problems += _commit_pages(results if options.publish else [], options.add, options.force)
+        problems = problems + _publish(board.results if options.publish else [], options.add, options.force)
     for problem in problems:
         print(f"skipped: {problem}", file=sys.stderr)
     return 1 if problems else 0
 
 
-def _commit_pages(results: Sequence[ClaimResult], reported: Path | None, force: bool) -> list[str]:
+def _publish(results: Sequence[ClaimResult], reported: Path | None, force: bool) -> list[str]:
     """Adds what is new to the published records and reported results, and writes what is made from them."""
-    readme = Path("README.md")
-    if not readme.is_file():
-        raise UserError(f"--publish, --add: no {readme.absolute()}; they work in a checkout of noisebench")
+    if not README.is_file():
+        raise UserError(f"--publish, --add: no {README.absolute()}; they work in a checkout of noisebench")
     if reported is not None:
         print(f"reported results: {add_external(reported, DOCS)}")
     if results:
         chosen = {record.path: record for result in results for record in result.records}
         print(f"published {len(publish(list(chosen.values()), DOCS / 'records', force))} records")
-    old = readme.read_text()
-    page, text, problems = committed_pages(DOCS, old)
-    print(f"table of published records: {_write(DOCS / 'README.md', page, '--publish')}")
-    if text != old:
-        _write(readme, text, "--publish")
-    return problems
+    board = board_of_docs(DOCS)
+    old = README.read_text()
+    picture = DOCS / PICTURE
+    readme, drawn = _readme(board, old, picture)
+    print(f"page of published records: {write_pages(board, DOCS, '--publish')}")
+    _write(DOCS / "README.md", render(board.papers, board.results, board.reported, board.problems), "--publish")
+    if drawn is not None:
+        _write(picture, drawn, "--publish")
+    if readme != old:
+        _write(README, readme, "--publish")
+    return board.problems
 
 
-def committed_pages(docs: Path, readme: str) -> tuple[str, str, list[str]]:
-    """The page and the README as they follow from the published records and reported results.
+def _readme(board: Board, old: str, picture: Path) -> tuple[str, str | None]:
+    """The README with its table and picture, and the picture itself where there is a claim to draw."""
+    from scripts import drawings
 
-    Returns:
-        Text of `<docs>/README.md`, text of the README, and problems with single records.
-    """
-    records, problems = read_published(docs / "records")
-    papers, results = judge_all(records)
-    reported = read_external(docs / REPORTED) if (docs / REPORTED).exists() else []
-    page = render(papers, results, reported, problems)
-    return page, between_markers(readme, "verdicts", summary(results)), problems
-
-
-def summary(results: Sequence[ClaimResult]) -> str:
-    """A short table of the claims that have been run, for the README."""
-    run = [result for result in results if result.records]
-    rows = [("Claim", "Scale", "Verdict", "Effect [L, U], margin", "Seeds"), ("---",) * 5]
-    for result in run:
-        claim, verdict = result.claim, result.verdict
-        name = f"**{verdict.name}**{' *stale*' if result.stale else ''}"
-        rows.append((f"`{claim.slug}` {claim.text}", claim.scale, name, _effect(result), str(verdict.num_seeds)))
-    return "\n".join([*map(_row, rows), "", f"Of all {len(results)} claims: {tally(results)}."])
-
-
-def _many_claims(results: Sequence[ClaimResult]) -> list[str]:
-    """What Holm's correction changes, and the figure over papers where there is one."""
-    from scripts.aggregate import aggregate, holm_verdicts, why_none  # with NumPy, which `list` need not load
-
-    adjusted = holm_verdicts(results)
-    changed = [
-        f"`{after.claim.slug}/{after.claim.id}` (p {after.p:.2g}, adjusted {after.adjusted:.2g})"
-        for after, result in zip(adjusted, results, strict=True)
-        if after.name != result.verdict.name
-    ]
-    held = sum(after.name == "reproduced" for after in adjusted)
-    lines = ["## Many claims at once", "", f"Holm's correction over the claims of each scale leaves {held} reproduced."]
-    lines += [f"It takes the verdict from: {', '.join(changed)}."] if changed else []
-    for scale in SECTIONS:
-        found = aggregate(results, scale)
-        if found is None:
-            lines += [why_none(results, scale)]
-            continue
-        lines += [
-            f"At {scale} scale a treatment beats its control with probability {found.improvement:.2f} "
-            f"[{found.low:.2f}, {found.high:.2f}], mean over {len(found.per_paper)} papers ({found.num_claims} claims)."
-        ]
-    return [*lines, ""]
-
-
-def _reported(reported: Sequence[External]) -> list[str]:
-    """Results of others, apart from ours."""
-    if not reported:
-        return []
-    head = ("Paper", "Claim or recipe", "Metric", "Treatment", "Control", "Source")
-    rows = [head, ("---",) * len(head)]
-    for result in reported:
-        source = f"{result.source} <{result.url}>" if result.url else result.source
-        control = "–" if result.control is None else f"{result.control:g}"
-        beside = result.claim or result.recipe or ""
-        rows.append((result.paper, beside, result.metric, f"{result.treatment:g}", control, source))
-    return ["## Reported by others", "", "Not verified here.", "", *map(_row, rows), ""]
+    drawn = drawings.picture(board.results, picture)
+    link = f"![Effects of the claims that were run, their bounds and margins]({picture.as_posix()})"
+    text = between_markers(old, "verdicts", summary(board.results))
+    return between_markers(text, "picture", "" if drawn is None else link), drawn
 
 
 def _write(path: Path, text: str, option: str) -> Path:
@@ -250,43 +150,3 @@ def _write(path: Path, text: str, option: str) -> Path:
     except OSError as error:
         raise UserError(f"{option}: cannot write {path}: {error.strerror}") from error
     return path
-
-
-def _row(cells: Sequence[str]) -> str:
-    inside = " | ".join(cell.replace("|", "\\|") for cell in cells)
-    return f"| {inside} |"
-
-
-def _cells(result: ClaimResult) -> list[str]:
-    claim, verdict = result.claim, result.verdict
-    control = f"threshold {claim.threshold:g}" if claim.threshold is not None else ""
-    if claim.control is not None and result.control is not None:
-        control = _arm(claim.control, claim.control_metric or claim.metric, result.control)
-    return [
-        claim.slug,
-        f"`{claim.id}` {' '.join(claim.text.split())}",
-        claim.scale,
-        f"**{verdict.name}**{' *stale*' if result.stale else ''}: {verdict.reason}",
-        _effect(result),
-        _arm(claim.treatment, claim.metric, result.treatment),
-        control,
-        _paper_numbers(claim.paper) or "–",
-        f"{result.cpu_seconds:.0f}" if result.records else "–",
-    ]
-
-
-def _arm(recipe: str, metric: str, values: Sequence[float | None]) -> str:
-    return f"{mean_sd(values)} `{recipe.removesuffix('.yaml')}` {metric}"
-
-
-def _paper_numbers(paper: dict[str, Any]) -> str:
-    source = f" ({paper['source']})" if "source" in paper else ""
-    return ", ".join(f"{key} {value}" for key, value in paper.items() if key != "source") + source
-
-
-def _effect(result: ClaimResult) -> str:
-    """`+0.26 [+0.25, +0.27], margin 0.18`."""
-    verdict, margin = result.verdict, f"margin {result.claim.margin:g}"
-    if verdict.effect is None:
-        return f"–, {margin}"
-    return f"{verdict.effect:+.4g} [{verdict.lower:+.4g}, {verdict.upper:+.4g}], {margin}"

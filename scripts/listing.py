@@ -7,7 +7,7 @@ from pathlib import Path
 from scripts import recipes
 from scripts.claims import Paper, load_paper
 from scripts.errors import UserError
-from scripts.leaderboard import tally
+from scripts.markdown import tally
 from scripts.records import ClaimResult, evaluate, read_records
 
 

@@ -12,7 +12,7 @@ from scripts.errors import UserError
 PRINTING = ("enable_progress_bar", "enable_model_summary")
 WHERE_AND_HOW = ("accelerator", "devices", "num_nodes", "strategy", *PRINTING)
 """Trainer options that say where a run happens and what it prints, not what it computes."""
-HOUSEKEEPING = ("ckpt_path", "runs", "overwrite", "wandb")
+HOUSEKEEPING = ("ckpt_path", "runs", "overwrite", "resume", "fallback", "wandb")
 NOT_SETTINGS = ("seed_everything", *HOUSEKEEPING, "weights_only", "verbose", "return_predictions", "model_summary")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from callbacks.files import write_atomic
 from scripts.errors import UserError
+from scripts.pictures import publish_pictures
 from scripts.records import Record, folders_below, load_records, readable
 
 LEVELS = 3
@@ -70,6 +71,7 @@ def publish(records: Sequence[Record], target: Path, force: bool = False) -> lis
             write_atomic(file, text)
         except OSError as error:
             raise UserError(f"--publish: cannot write {file}: {error.strerror}") from error
+    publish_pictures([chosen[file] for file in texts], {chosen[file].path: file for file in texts})
     return list(texts)
 
 

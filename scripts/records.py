@@ -106,6 +106,11 @@ class ClaimResult:
     to_run: tuple[tuple[str, int], ...]
 
     @property
+    def against(self) -> tuple[float | None, ...]:
+        """What each seed's treatment is held against: the threshold, or the control times the claim's factor."""
+        return held_against(self.claim, self.control)
+
+    @property
     def stale(self) -> bool:
         """Whether recipe or code of a run that counts have changed since."""
         return any(record.stale for record in self.records)
@@ -114,6 +119,13 @@ class ClaimResult:
     def cpu_seconds(self) -> float:
         """Cost of the distinct runs that count; other claims may share them."""
         return math.fsum(record.cpu_seconds for record in self.records)
+
+
+def held_against(claim: Claim, control: Sequence[float | None] | None) -> tuple[float | None, ...]:
+    """See `ClaimResult.against`."""
+    if control is None:
+        return (claim.threshold,) * len(claim.seeds)
+    return tuple(value if value is None else claim.factor * value for value in control)
 
 
 def read_records(runs: Path) -> tuple[list[Record], list[str]]:
@@ -203,6 +215,7 @@ def evaluate(claim: Claim, records: Sequence[Record]) -> ClaimResult:
         tuple(_value(claim, used.get((recipe, seed)), metric) for seed in claim.seeds) for recipe, metric in claim.arms
     ]
     control = arms[1] if claim.control is not None else None
+    scaled = None if control is None else held_against(claim, control)
     runs = list(dict.fromkeys(claim.runs()))
     redo = {run for run, record in used.items() if record.stale or record.failed_from_outside}
     bad = {
@@ -213,7 +226,7 @@ def evaluate(claim: Claim, records: Sequence[Record]) -> ClaimResult:
     }
     return ClaimResult(
         claim,
-        verdict=judge(arms[0], control, threshold=claim.threshold, direction=claim.direction, margin=claim.margin),
+        verdict=judge(arms[0], scaled, threshold=claim.threshold, direction=claim.direction, margin=claim.margin),
         records=tuple(used.values()),
         treatment=arms[0],
         control=control,

@@ -18,7 +18,8 @@ from tqdm import tqdm
 from scripts import recipes
 from scripts.claims import Claim, load_paper
 from scripts.errors import UserError
-from scripts.leaderboard import verdict_lines, write
+from scripts.leaderboard import board_of_runs, write_pages
+from scripts.markdown import verdict_lines
 from scripts.options import overrides
 from scripts.records import evaluate, read_records
 from scripts.worker import quiet, train_one
@@ -163,7 +164,8 @@ def _reproduce(claims: list[Claim], options: argparse.Namespace) -> int:
                     errors += 1
                     progress.say(f"FAILED {job.recipe} seed {job.seed}: {error}")
                 errors += _judge(waiting, done, options.runs, progress.say)
-    print(f"table of all claims: {write(options.runs)}")
+    page = write_pages(board_of_runs(options.runs), options.runs / "leaderboard", "--runs")
+    print(f"page of all claims: {page}")
     return 1 if errors or problems else 0
 
 

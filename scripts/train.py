@@ -2,11 +2,10 @@
 
 import os
 import shlex
-import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import lightning as L
 import torch
@@ -14,13 +13,22 @@ import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks.nonfinite import StopOnNonFiniteLoss
+from callbacks.requeue import Requeue
 from callbacks.rng import RngState
 from callbacks.run_record import RunRecord
 from scripts import provenance, recipes
-from scripts.checkpoints import differences, last_checkpoint, read_checkpoint_facts
+from scripts.checkpoints import (
+    FileInPlaceOfFolder,
+    LastCheckpoint,
+    differences,
+    own_checkpoint,
+    read_checkpoint_facts,
+    refuse_folder,
+)
 from scripts.code_hash import code_hash
 from scripts.errors import UserError
 from scripts.mirror import wandb_logger
@@ -33,6 +41,7 @@ from scripts.options import (
     split_config_options,
     without_options,
 )
+from scripts.run_folder import claim_folder, lock_run
 
 # `--trainer.limit_train_batches 1` is one batch, 1.0 all of them. `typing` keeps one object for both orders of
 # Optional[Union[int, float]]: without this, the order of other imports would decide which type is tried first.
@@ -50,7 +59,7 @@ class RecipeCLI(LightningCLI):
         argv: arguments after the verb, without `--config`.
         more_configs: further config files, for the record.
         extra_callbacks: added to the Trainer (progress of `reproduce`).
-        resume: `fit` only: continue the folder's last checkpoint if this code wrote it.
+        resume: `fit` only: as its option `--resume true`.
     """
 
     def __init__(
@@ -69,6 +78,7 @@ class RecipeCLI(LightningCLI):
         self.more_configs = more_configs
         self.extra_callbacks = extra_callbacks
         self.resume = resume
+        self.lock: IO[str] | None = None
         documents = [] if recipe is None else recipes.expand(recipe)
         for name in more_configs:
             documents += recipes.expand(recipes.find_recipe(name))
@@ -84,7 +94,11 @@ class RecipeCLI(LightningCLI):
             if verb != "fit":
                 # nor does a checkpoint's evaluation need the callbacks that recorded its training
                 warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks")
-            self._start([verb, *options, *argv])
+            try:
+                self._start([verb, *options, *argv])
+            finally:
+                if self.lock is not None:
+                    self.lock.close()
 
     def _start(self, args: list[str]) -> None:
         strict = {"exit_on_error": False, "allow_abbrev": False}
@@ -119,6 +133,16 @@ class RecipeCLI(LightningCLI):
         parser.set_defaults({"checkpoint.save_on_train_epoch_end": True, "checkpoint.enable_version_counter": False})
         parser.add_argument("--runs", type=str, default="runs", help="folder of all runs")
         parser.add_argument("--overwrite", type=bool, default=False, help="true deletes this run's earlier results")
+        parser.add_argument(
+            "--resume",
+            type=bool,
+            default=False,
+            help="true continues the newest checkpoint of this run's own folder if the same code wrote it; else starts "
+            "anew and keeps what was there as <folder>.oldN",
+        )
+        parser.add_argument(
+            "--fallback", type=bool, default=False, help="with --resume: true passes over an unreadable checkpoint"
+        )
         parser.add_argument(
             "--wandb", type=bool, default=True, help="mirror to Weights & Biases; offline when not logged in"
         )
@@ -166,30 +190,24 @@ class RecipeCLI(LightningCLI):
         config.checkpoint.dirpath = config.checkpoint.dirpath or str(self.folder / "checkpoints")
         config.trainer.default_root_dir = str(self.folder)
         self.ckpt_path = self._option("ckpt_path")
-        if getattr(rank_zero_only, "rank", 0) in (None, 0):
-            self._claim_folder()
+        self.resume = self.resume or self._option("resume")
+        if self.resume and (self.ckpt_path or self._option("overwrite")):
+            raise UserError("--resume continues the run's own folder; give it without --ckpt_path and --overwrite")
+        if self._option("fallback") and not self.resume:
+            raise UserError("--fallback chooses among the checkpoints that --resume true may continue; give both")
+        self._claim_folder()
+        config.ckpt_path = self.ckpt_path
 
     def _claim_folder(self) -> None:
-        """Decides between a new run and a resume; nothing already there is lost without --overwrite."""
-        last = self.folder / "checkpoints" / "last.ckpt"
+        """Rank 0 locks the folder and decides between a new run and a resume."""
+        writes = getattr(rank_zero_only, "rank", 0) in (None, 0)
+        if writes:
+            self.lock = lock_run(self.folder)
         if self.resume:
-            if last.exists() and read_checkpoint_facts(last).get("code_hash") == self.code_hash:
-                self.ckpt_path = str(last)
-            elif last.exists() or (self.folder / "record.json").exists():
-                _set_aside(self.folder)
-        elif self._option("overwrite"):
-            shutil.rmtree(self.folder, ignore_errors=True)
-        elif last.exists() and self.ckpt_path is None:
-            raise UserError(
-                f"{self.folder} holds this run already; --ckpt_path {last} continues it, --overwrite true starts anew"
-            )
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--runs: cannot write {self.folder}: {error}") from error
-        if not os.access(self.folder, os.W_OK):
-            raise UserError(f"--runs: cannot write {self.folder}: permission denied")
-        self.config[self.verb].ckpt_path = self.ckpt_path
+            # every rank finds the same one
+            self.ckpt_path = own_checkpoint(self.folder / "checkpoints", self.code_hash, self._option("fallback"))
+        if writes:
+            claim_folder(self.folder, self.ckpt_path, self.resume, self._option("overwrite"))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Adds the callbacks that every run has, and the W&B mirror."""
@@ -197,14 +215,22 @@ class RecipeCLI(LightningCLI):
         if self.verb == "fit" and self._option("wandb") and not self.plain["trainer"]["logger"]:
             kwargs["logger"] = wandb_logger(self.folder, f"{facts['recipe']} seed {self.seed}", self.ckpt_path)
             facts["wandb_id"] = kwargs["logger"].version
+        if SLURMEnvironment.detect():
+            given = self._get(self.config_init, "trainer").get("plugins") or []
+            # its own requeue writes the checkpoint within the signal's handler; callbacks.requeue waits for the step
+            own = SLURMEnvironment(auto_requeue=False)
+            kwargs["plugins"] = [*(given if isinstance(given, list) else [given]), own]
         trainer: Any = super().instantiate_trainer(**kwargs)
+        refuse_folder(self._option("ckpt_path"), trainer.strategy)
+        trainer.strategy.checkpoint_io = FileInPlaceOfFolder()
         others = [c for c in trainer.callbacks if not isinstance(c, ModelCheckpoint)]
         if self.verb != "fit":
             trainer.callbacks = others
         else:
             savers = [c for c in trainer.callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None]
-            always = [RngState(), StopOnNonFiniteLoss(), RunRecord(self.folder, facts)]
-            last = last_checkpoint(self.folder / "checkpoints")
+            checkpoints = self.folder / "checkpoints"
+            always = [RngState(), StopOnNonFiniteLoss(), Requeue(checkpoints), RunRecord(self.folder, facts)]
+            last = LastCheckpoint(checkpoints)
             trainer.callbacks = [*others, *self.extra_callbacks, *always, *savers, last]
         return trainer
 
@@ -267,14 +293,6 @@ def explained(action: Callable[[], Any], recipe: str) -> Any:
             raise
         hint = f"(recipe {recipe}; NOISEBENCH_TRACEBACK=1 shows where)" if recipe else ""
         raise UserError(f"{plain_message(str(error))} {hint}".strip()) from error
-
-
-def _set_aside(folder: Path) -> None:
-    """Keeps what other code left in the folder, under another name."""
-    number = 1
-    while (target := folder.with_name(f"{folder.name}.old{number}")).exists():
-        number += 1
-    folder.rename(target)
 
 
 def _shown(recipe: Path) -> str:

@@ -42,14 +42,14 @@ def write_paper(root: Path, *claims: dict[str, Any], slug: str = "toy", family: 
     return path
 
 
-def add_record(runs: Path, recipe: str, seed: int, value: float | None, **changes: Any) -> Path:
-    """Writes the record of a run of `toy/<recipe>` with this `test/acc_last`; a failed one for None."""
+def add_record(runs: Path, recipe: str, seed: int, value: float | None, slug: str = "toy", **changes: Any) -> Path:
+    """Writes the record of a run of `<slug>/<recipe>` with this `test/acc_last`; a failed one for None."""
     record = {
         "schema": SCHEMA,
         "status": "failed" if value is None else "finished",
         "reason": "NonFiniteLossError: diverged" if value is None else None,
-        "recipe": f"toy/{recipe}",
-        "recipe_hash": recipes.recipe_hash(recipes.ROOT / "toy" / f"{recipe}.yaml"),
+        "recipe": f"{slug}/{recipe}",
+        "recipe_hash": recipes.recipe_hash(recipes.ROOT / slug / f"{recipe}.yaml"),
         "overrides": [],
         "config": CONFIG,
         "config_hash": "c0ffee",
@@ -59,7 +59,7 @@ def add_record(runs: Path, recipe: str, seed: int, value: float | None, **change
         "cpu_seconds": 10.0,
         "finished_at": "2026-01-01T00:00:00+00:00",
     } | changes
-    return write_record(runs / "toy" / recipe / str(record["config_hash"]) / f"seed{seed}", record)
+    return write_record(runs / slug / recipe / str(record["config_hash"]) / f"seed{seed}", record)
 
 
 def add_arms(runs: Path, treatment: list[float | None], control: list[float | None]) -> None:

@@ -1,5 +1,8 @@
 """Order of batches, fields of a batch, passes, class-balanced epochs."""
 
+import itertools
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -49,10 +52,11 @@ def test_seeds_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     assert batches(BatchOrder(50, 8, shuffle=True)) != first
 
 
+@pytest.mark.parametrize(("count", "shuffle"), [(54, True), (51, False)], ids=["training", "evaluation"])
 @pytest.mark.parametrize("replicas", [1, 2, 3])
-def test_nothing_is_padded_or_lost(replicas: int) -> None:
-    seen = [flat(batches(BatchOrder(51, 12, True, rank=rank, num_replicas=replicas))) for rank in range(replicas)]
-    assert sorted(flat(seen)) == list(range(51))
+def test_nothing_is_padded_or_lost(count: int, shuffle: bool, replicas: int) -> None:
+    seen = [flat(batches(BatchOrder(count, 12, shuffle, rank=rank, num_replicas=replicas))) for rank in range(replicas)]
+    assert sorted(flat(seen)) == list(range(count))
 
 
 def test_two_replicas_share_each_global_batch() -> None:
@@ -85,9 +89,12 @@ def test_batch_that_does_not_divide_is_refused() -> None:
         BatchOrder(50, 7, shuffle=True, num_replicas=2)
 
 
-def test_training_batch_smaller_than_the_replicas_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"data\.batch_size 8 leaves 1 of 25 training examples .* the 2 processes"):
-        BatchOrder(25, 8, shuffle=True, num_replicas=2)
+@pytest.mark.parametrize(("count", "rest"), [(25, 1), (27, 3)])
+def test_last_training_batch_that_does_not_divide_is_refused(count: int, rest: int) -> None:
+    """The mean of two means over 2 and 1 examples is not the mean over 3."""
+    message = rf"data\.batch_size 8 leaves {rest} of {count} training examples .* do not divide by the 2 processes"
+    with pytest.raises(ValueError, match=message):
+        BatchOrder(count, 8, shuffle=True, num_replicas=2)
 
 
 # class-balanced epochs
@@ -194,3 +201,42 @@ def test_loader_fetches_whole_batches_in_order(workers: int) -> None:
     order = BatchOrder(10, 4, shuffle=True)
     fetched = loader(FieldDataset({"label": torch.arange(10) * 2}), order, num_workers=workers)
     assert [batch["label"].tolist() for batch in fetched] == [[2 * index for index in b] for b in batches(order)]
+
+
+# position within an epoch
+
+
+def training_loader(workers: int = 0) -> Any:
+    return loader(FieldDataset({"x": torch.arange(20)}), BatchOrder(20, 4, shuffle=True), num_workers=workers)
+
+
+def walk(train: Any, epoch: int, stop: int | None = None) -> list[list[int]]:
+    train.sampler.set_epoch(epoch)
+    return [batch["index"].tolist() for batch in itertools.islice(train, stop)]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_position_counts_what_was_handed_out(workers: int) -> None:
+    first = training_loader(workers)
+    taken = walk(first, epoch=1, stop=2)
+    assert first.state_dict() == {"epoch": 1, "batches": 2}
+    second = training_loader(workers)
+    second.load_state_dict(first.state_dict())
+    assert taken + walk(second, epoch=1) == walk(training_loader(), epoch=1)
+
+
+def test_position_holds_once_and_in_its_epoch_only() -> None:
+    whole = training_loader()
+    resumed = training_loader()
+    resumed.load_state_dict({"epoch": 1, "batches": 2})
+    assert walk(resumed, epoch=1) == walk(whole, epoch=1)[2:]
+    assert walk(resumed, epoch=1) == walk(whole, epoch=1)
+    resumed.load_state_dict({"epoch": 1, "batches": 2})
+    assert walk(resumed, epoch=2) == walk(whole, epoch=2)
+
+
+def test_position_goes_on_counting_after_a_resume() -> None:
+    resumed = training_loader()
+    resumed.load_state_dict({"epoch": 0, "batches": 3})
+    walk(resumed, epoch=0, stop=1)
+    assert resumed.state_dict() == {"epoch": 0, "batches": 4}

@@ -85,6 +85,8 @@ def test_unknown_paper_lists_the_papers(root: Path) -> None:
         ({"control": None}, "claim 'beats': give either control (a recipe) or threshold (a number), got neither"),
         ({"threshold": 0.5}, "got both"),
         ({"control": None, "threshold": 0.5, "control_metric": "m"}, "control_metric needs a control, got 'm' alone"),
+        ({"control": None, "threshold": 0.5, "factor": 0.6}, "factor needs a control, got 0.6 alone"),
+        ({"factor": 0}, "factor must be above 0, got 0"),
         ({"treatment": "mimi.yaml"}, "got 'mimi.yaml'; did you mean mini.yaml"),
         ({"control": "nothing"}, "claim 'beats': control must be the file name of a recipe in"),
         ({"control": "claims.yaml"}, "got 'claims.yaml'"),

@@ -1,8 +1,6 @@
 """ELR and ELR+: reference, property, gradient, parallel, resume. Recipes are run by test_recipes.py."""
 
 import copy
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 from synthetic import SyntheticImages
 from torch import Tensor, nn
+from two_processes import run_two
 
 from callbacks.memorization import Memorization
 from callbacks.rng import RngState
@@ -291,12 +290,7 @@ def parallel_run(out: Path, devices: int) -> None:
 @pytest.mark.distributed
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     parallel_run(tmp_path / "one.pt", 1)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
-    root = Path(__file__).parents[1]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    words = [*command, str(tmp_path / "two.pt")]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_two(__file__, tmp_path / "two.pt")
     one, two = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "two"))
     torch.testing.assert_close(two["weights"], one["weights"], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(two["targets"], one["targets"], rtol=1e-5, atol=1e-6)

@@ -1,7 +1,9 @@
 """The table of verdicts and the terminal text of a claim."""
 
+import html
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ from scripts import leaderboard, recipes
 from scripts.__main__ import main
 from scripts.claims import load_paper
 from scripts.errors import UserError
-from scripts.leaderboard import verdict_lines
+from scripts.markdown import render, verdict_lines
 from scripts.records import evaluate, read_records
 
 HIGH: list[float | None] = [0.80, 0.82, 0.81]
@@ -30,12 +32,17 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "runs"
 
 
+def markdown(runs: Path) -> str:
+    board = leaderboard.board_of_runs(runs)
+    return render(board.papers, board.results, board.reported, board.problems)
+
+
 @pytest.fixture
 def row(runs: Path) -> Callable[[], dict[str, str]]:
     """Cells of the one claim in the written table, by column."""
 
     def read() -> dict[str, str]:
-        lines = leaderboard.write(runs).read_text().splitlines()
+        lines = markdown(runs).splitlines()
         head = next(line for line in lines if line.startswith("| Paper |"))
         body = next(line for line in lines if line.startswith("| toy |"))
         columns, cells = ([cell.strip() for cell in line.strip("|").split("|")] for line in (head, body))
@@ -100,13 +107,13 @@ def test_threshold_stands_in_the_place_of_the_control(runs: Path, row: Callable[
 
 def test_bar_in_a_text_does_not_break_the_table(runs: Path) -> None:
     write_paper(recipes.ROOT, claim(text="a | b"))
-    assert "`beats` a \\| b |" in leaderboard.write(runs).read_text()
+    assert "`beats` a \\| b |" in markdown(runs)
 
 
 def test_scales_have_tables_and_counts_of_their_own(runs: Path) -> None:
     write_paper(recipes.ROOT, claim(), claim(id="full", scale="paper", treatment="full.yaml"))
     add_arms(runs, HIGH, LOW)
-    mini, paper = leaderboard.write(runs).read_text().split("## Mini scale")[1].split("## Paper scale")
+    mini, paper = markdown(runs).split("## Mini scale")[1].split("## Paper scale")
     assert "1 reproduced, 0 not reproduced, 0 inconclusive, 0 not run." in mini
     assert "0 reproduced, 0 not reproduced, 0 inconclusive, 1 not run." in paper
     assert ("`beats`" in mini, "`full`" in mini) == (True, False)
@@ -128,14 +135,14 @@ def test_terminal_text_of_a_claim_that_nobody_ran(runs: Path) -> None:
     )
 
 
-def test_command_prints_the_table_and_its_path(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_the_verdicts_and_the_path_of_the_page(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     add_arms(runs, HIGH, LOW)
     assert main(["leaderboard", "--runs", str(runs)]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "REPRODUCED  toy/beats: The method beats the control"
     assert printed[-2:] == [
         "1 claims: 1 reproduced, 0 not reproduced, 0 inconclusive, 0 not run",
-        f"table of all claims: {runs / 'leaderboard.md'}",
+        f"page of all claims: {runs / 'leaderboard' / 'index.html'}",
     ]
 
 
@@ -146,7 +153,8 @@ def test_record_of_another_version_is_reported_with_exit_code_1(runs: Path, caps
     problem = f"{path}: record of schema 9; this version of noisebench reads schema 1"
     assert main(["leaderboard", "--runs", str(runs)]) == 1
     assert capsys.readouterr().err == f"skipped: {problem}\n"
-    assert (runs / "leaderboard.md").read_text().endswith(f"## Records that could not be used\n\n- {problem}\n")
+    assert markdown(runs).endswith(f"## Records that could not be used\n\n- {problem}\n")
+    assert html.escape(problem) in (runs / "leaderboard" / "index.html").read_text()
 
 
 def test_missing_folder_is_an_error_and_is_not_made(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,7 +168,9 @@ def test_read_only_folder_still_prints_the_verdicts(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     add_arms(runs, HIGH, LOW)
-    (runs / "leaderboard.md").write_text("old")
+    index = runs / "leaderboard" / "index.html"
+    index.parent.mkdir()
+    index.write_text("old")
 
     def denied(*names: Any) -> None:
         raise PermissionError(13, os.strerror(13))
@@ -169,8 +179,8 @@ def test_read_only_folder_still_prints_the_verdicts(
     assert main(["leaderboard", "--runs", str(runs)]) == 1
     printed = capsys.readouterr()
     assert printed.out.startswith("REPRODUCED")
-    assert f"--runs: cannot write {runs / 'leaderboard.md'}: Permission denied" in printed.err
-    assert (runs / "leaderboard.md").read_text() == "old"
+    assert f"--runs: cannot write {index}: Permission denied" in printed.err
+    assert index.read_text() == "old"
 
 
 # the committed pages
@@ -180,7 +190,11 @@ def test_read_only_folder_still_prints_the_verdicts(
 def checkout(runs: Path) -> Path:
     """A checkout with a README and three finished pairs of runs from a clean tree."""
     root = runs.parent
-    (root / "README.md").write_text("# Toy\n\n<!-- noisebench:verdicts -->\n<!-- /noisebench:verdicts -->\n\nEnd.\n")
+    (root / "README.md").write_text(
+        "# Toy\n\n"
+        + "".join(f"<!-- noisebench:{name} -->\n<!-- /noisebench:{name} -->\n" for name in ("verdicts", "picture"))
+        + "\nEnd.\n"
+    )
     for seed, (method, control) in enumerate(zip([0.80, 0.81, 0.82], [0.60, 0.62, 0.61], strict=True)):
         add_record(runs, "mini", seed, method, git=CLEAN)
         add_record(runs, "mini-ce", seed, control, git=CLEAN)
@@ -231,17 +245,28 @@ def test_holms_correction_takes_a_weak_verdict_away(runs: Path) -> None:
     claims = [claim(id=f"c{number}") for number in range(5)]
     write_paper(recipes.ROOT, *claims)
     add_arms(runs, [0.80, 0.82, 0.90], [0.70, 0.69, 0.70])
-    text = leaderboard.write(runs).read_text()
+    text = markdown(runs)
     assert text.count("**reproduced**: every seed") == 5
     assert "Holm's correction over the claims of each scale leaves 0 reproduced." in text
     assert "`toy/c0` (p 0.04" in text
 
 
-def test_committed_readme_and_page_are_up_to_date() -> None:
-    """After a change of code or recipes: `noisebench leaderboard` writes them anew, `--publish` adds new records."""
+def test_committed_pages_are_up_to_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a change of code or recipes: `noisebench leaderboard` writes them anew, `--publish` adds new records.
+
+    Charts are compared by what they show: another version of Matplotlib draws the same in other words.
+    """
     root = Path(__file__).parents[1]
-    readme = (root / "README.md").read_text()
-    page, text, problems = leaderboard.committed_pages(root / "docs" / "leaderboard", readme)
-    assert problems == []
-    assert text == readme
-    assert page == (root / "docs" / "leaderboard" / "README.md").read_text()
+    names = ["README.md", *(str(p.relative_to(root)) for p in (root / "docs/leaderboard").iterdir() if p.is_file())]
+    shutil.copytree(root / "docs", tmp_path / "docs")
+    shutil.copy(root / "README.md", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert leaderboard.verb(["--runs", "none"]) == 0
+    assert {"docs/leaderboard/index.html", "docs/leaderboard/elr.html", "docs/leaderboard/effects.svg"} <= set(names)
+    for name in names:
+        assert without_drawings((tmp_path / name).read_text()) == without_drawings((root / name).read_text()), name
+
+
+def without_drawings(text: str) -> str:
+    """Charts give way to the hash of what they show."""
+    return re.sub(r"( |<!-- )(\w{20}) \w{20}(\"| -->)", r"\2", re.sub(r"<svg.*?</svg>", "", text, flags=re.DOTALL))

@@ -42,6 +42,16 @@ def test_installed_command_lists_and_reads_its_data_from_any_folder(site: Path, 
     assert "elr: Early-Learning Regularization" in done.stdout
 
 
+def test_installed_command_makes_the_pages(site: Path, tmp_path: Path) -> None:
+    """The templates travel along."""
+    (tmp_path / "runs").mkdir()
+    command = [sys.executable, "-m", "scripts", "leaderboard"]
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "<style>" in (tmp_path / "runs" / "leaderboard" / "elr.html").read_text()
+
+
 def test_readme_starts_with_the_two_commands() -> None:
     assert (ROOT / "README.md").read_text().split("```")[1].split("\n")[1:3] == [
         "make reproduce     # does early-learning regularization (ELR) beat cross entropy? trains both and says",

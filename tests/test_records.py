@@ -12,9 +12,11 @@ from paper_room import add_arms, add_record, claim, write_paper
 
 from callbacks.files import write_record
 from scripts import code_hash, recipes
+from scripts.aggregate import p_value
 from scripts.claims import Claim, load_paper
 from scripts.errors import UserError
 from scripts.records import evaluate, read_records
+from scripts.views import seed_rows
 
 
 @pytest.fixture
@@ -186,6 +188,18 @@ def test_evaluate_pairs_the_seeds(runs: Path) -> None:
     result = evaluate(toy_claim(), read_records(runs)[0])
     assert (result.treatment, result.control) == ((0.80, 0.82, 0.81), (0.50, 0.51, 0.53))
     assert (result.verdict.name, result.verdict.effect) == ("reproduced", pytest.approx(0.89 / 3))
+
+
+def test_factor_scales_the_control(runs: Path) -> None:
+    """At most 0.6 times the control: 0.6 * 1.0 - 0.5, 0.6 * 1.1 - 0.6, 0.6 * 1.2 - 0.6."""
+    add_arms(runs, [0.5, 0.6, 0.6], [1.0, 1.1, 1.2])
+    result = evaluate(toy_claim(direction="less", factor=0.6, margin=0.0), read_records(runs)[0])
+    assert result.verdict.effect == pytest.approx((0.1 + 0.06 + 0.12) / 3, abs=1e-12)
+    assert result.verdict.name == "reproduced"
+    assert result.control == (1.0, 1.1, 1.2)
+    assert [row.effect for row in seed_rows(result)] == pytest.approx([0.1, 0.06, 0.12], abs=1e-12)
+    # mean 0.28 / 3, sd 0.030551, t^2 = 28, P(T_2 > t) = 1/2 - t / (2 sqrt(2 + t^2)) = 0.0169541
+    assert p_value(result) == pytest.approx(0.0169541, abs=1e-7)
 
 
 def test_control_metric_is_read_from_the_control(runs: Path) -> None:

@@ -103,7 +103,7 @@ def test_runs_what_is_missing_then_skips_it_and_runs_again_when_the_recipe_chang
     assert code == 0, text
     assert "1 claims need 2 runs; 0 are there, 2 to run" in text
     assert "toy/learns: The net beats chance" in text
-    assert (house / "runs" / "leaderboard.md").is_file()
+    assert (house / "runs" / "leaderboard" / "index.html").is_file()
     first = records(house)
     assert sorted(first) == [0, 1]
     assert first[0]["command"] == "noisebench fit --config recipes/toy/mini.yaml --seed_everything 0"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from callbacks.nonfinite import NonFiniteLossError, StopOnNonFiniteLoss
 from callbacks.run_record import RunRecord, summarize
-from scripts.checkpoints import last_checkpoint
+from scripts.checkpoints import LastCheckpoint
 
 FACTS: dict[str, Any] = {"recipe": "toy/line", "config": {"model": {"lr": 0.1}}, "code_hash": "c0de", "seed": 0}
 
@@ -40,7 +40,7 @@ def train(folder: Path, max_epochs: int, module: Line | None = None, ckpt_path: 
     callbacks = [
         StopOnNonFiniteLoss(),
         RunRecord(folder, FACTS),
-        last_checkpoint(folder / "checkpoints"),
+        LastCheckpoint(folder / "checkpoints"),
     ]
     trainer = L.Trainer(
         max_epochs=max_epochs,

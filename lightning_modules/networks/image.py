@@ -2,9 +2,12 @@
 
 All weights lie in channels-last order: convolutions are faster so, on CPUs (0.74 of the time of a step of `SmallResNet`
 with one thread) as on GPUs with tensor cores. Values and checkpoints are the same in either order.
+
+`block_names` of a net: its parts that `sharding.shard` gathers, and `CheckpointActivations` recomputes, one at a time.
 """
 
 import difflib
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +23,8 @@ class SmallResNet(nn.Module):
         num_classes: number of logits.
         in_channels: 1 for grey pictures, 3 for colour.
     """
+
+    block_names = ("blocks",)
 
     def __init__(self, num_classes: int = 10, in_channels: int = 1) -> None:
         super().__init__()
@@ -42,6 +47,8 @@ class CifarResNet34(nn.Module):
     Args:
         num_classes: number of logits.
     """
+
+    block_names = ("net.layer1", "net.layer2", "net.layer3", "net.layer4")
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
@@ -71,6 +78,8 @@ class PreActResNet18(nn.Module):
         num_classes: number of logits.
     """
 
+    block_names = ("blocks",)
+
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
         self.stem = _conv_bn(3, 64, kernel_size=3)
@@ -97,13 +106,17 @@ class TimmNet(nn.Module):
         name: timm's name, with the tag of the weights if `pretrained`, e.g. `resnet50.tv_in1k`.
         num_classes: number of logits.
         pretrained: start from timm's weights, fetched from the Hugging Face hub or taken from its cache.
+        options: further arguments of timm's model, e.g. for a ViT on 28x28 grey pictures `{img_size: 28, patch_size: 4,
+            in_chans: 1, embed_dim: 48, depth: 4, num_heads: 3}`.
 
     Raises:
         ValueError: timm has no net of this name.
         OSError: the weights are neither in the cache nor to be had from the hub.
     """
 
-    def __init__(self, name: str, num_classes: int, pretrained: bool = False) -> None:
+    def __init__(
+        self, name: str, num_classes: int, pretrained: bool = False, options: dict[str, Any] | None = None
+    ) -> None:
         super().__init__()
         import timm
 
@@ -113,9 +126,12 @@ class TimmNet(nn.Module):
                 f"net.name must be a model of timm, got {name!r}; close names: {', '.join(close) or 'none'}"
             )
         try:
-            self.net = timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
+            self.net = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **(options or {}))
         except OSError as error:
             raise OSError(_missing_weights(name)) from error
+        # ViTs, ConvNeXts, ResNets
+        lists = ("blocks", "stages", "layer1", "layer2", "layer3", "layer4")
+        self.block_names = tuple(f"net.{part}" for part in lists if hasattr(self.net, part))
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -47,6 +47,8 @@ class NoisyLabelModule(L.LightningModule):
         super().__init__()
         self.optimizer = optimizer
         self.scheduler = scheduler
+        self._sums = torch.zeros(4)
+        self._stored_sums: Tensor | None = None
 
     def setup(self, stage: str) -> None:
         """Sizes targets and metrics by the data."""
@@ -67,7 +69,12 @@ class NoisyLabelModule(L.LightningModule):
             raise ValueError(f"the targets have shape {tuple(self.targets.shape)}, the data need {shape}")
 
     def on_train_start(self) -> None:
-        """Moves the state to where the batches are."""
+        """Moves the state to where the batches are; on another number of ranks the first takes all the sums."""
+        if self._stored_sums is not None:
+            same = len(self._stored_sums) == self.trainer.world_size
+            mine = self._stored_sums[self.global_rank] if same else self._stored_sums.sum(0) * (self.global_rank == 0)
+            self._sums, self._stored_sums = mine.clone(), None
+        self._sums = self._sums.to(self.device)
         self.targets = self.targets.to(self.device)
         self._visited = self._visited.to(self.device)
 
@@ -129,12 +136,19 @@ class NoisyLabelModule(L.LightningModule):
         return optimizer if self.scheduler is None else ([optimizer], [self.scheduler(optimizer)])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The targets travel in the checkpoint, joined over the ranks."""
+        """The targets travel in the checkpoint, joined over the ranks, and each rank's sums of the epoch."""
         self._join_targets()
         checkpoint["targets"] = self.targets.cpu().clone()
+        sums = [torch.empty_like(self._sums) for _ in range(self.trainer.world_size)]
+        if len(sums) > 1:
+            torch.distributed.all_gather(sums, self._sums)
+        else:
+            sums = [self._sums]
+        checkpoint["epoch_sums"] = torch.stack(sums).cpu()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the targets back."""
+        """Takes the targets and the sums back."""
+        self._stored_sums = checkpoint["epoch_sums"]
         targets = checkpoint["targets"]
         if getattr(self, "targets", None) is not None and self.targets.shape != targets.shape:
             raise ValueError(
