@@ -64,7 +64,7 @@ def write(house: Path, claims: list[dict[str, Any]], **named: dict[str, Any]) ->
     folder.mkdir(parents=True, exist_ok=True)
     for name, recipe in named.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
-    paper = {"title": "Toy", "arxiv": "2001.00001", "venue": "none"}
+    paper = {"title": "Toy", "arxiv": "2001.00001", "venue": "none", "family": "toys"}
     (folder / "claims.yaml").write_text(yaml.safe_dump({"paper": paper, "claims": claims}))
 
 
