@@ -1,4 +1,4 @@
-"""Stop at a step boundary when SIGUSR1 says that the time is up, and put the SLURM job back into the queue."""
+"""Stop at a step boundary on SIGUSR1 or SIGTERM; SIGUSR1 also puts the SLURM job back into the queue."""
 
 import os
 import shutil
@@ -15,6 +15,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 CHECKPOINT = "requeue.ckpt"
+ORDER = (0, signal.SIGTERM, signal.SIGUSR1)
+"""No signal, then those that are heard; where ranks saw different ones the later counts."""
 
 
 def job_id() -> str | None:
@@ -27,6 +29,9 @@ def job_id() -> str | None:
 class Requeue(Callback):
     """On SIGUSR1 writes `requeue.ckpt` between two steps, requeues the SLURM job and ends the process.
 
+    SIGTERM does the same without the requeue. It takes the place of Lightning's handler, whose broadcast within the
+    handler may meet another collective of the step on the other ranks.
+
     The handler sets a flag and nothing else: a checkpoint written in it would hold half a step, and its collectives
     would meet those of the step. SLURM sends the signal to every task, but tasks may see it one step apart, so the
     ranks agree: each step starts an asynchronous sum of the flags on a gloo group of its own, and the next step's end
@@ -38,7 +43,7 @@ class Requeue(Callback):
     raised in an epoch's last step, validation runs first; the epoch's own `last.ckpt` is then the one to resume from.
     Training that is complete is not stopped.
 
-    Outside SLURM the process writes the checkpoint and ends with exit code 1.
+    Outside SLURM the process writes the checkpoint and ends; rank 0, which is the command, with exit code 1.
 
     Args:
         folder: the run's checkpoints.
@@ -47,20 +52,22 @@ class Requeue(Callback):
     def __init__(self, folder: Path) -> None:
         self.path = folder / CHECKPOINT
         self.signalled_at: float | None = None
-        self._agreed = False
+        self._signal = 0
+        self._agreed = 0
         self._group: Any = None
         self._work: Any = None
         self._flags: Tensor | None = None
-        self._handler: Any = None
+        self._handlers: dict[int, Any] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Installs the handler, and a gloo group where there are several ranks."""
-        self._handler = signal.signal(signal.SIGUSR1, self._on_signal)
+        self._handlers[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._on_signal)
         if trainer.world_size > 1:
             self._group = torch.distributed.new_group(backend="gloo")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Appends itself to the module's `on_train_batch_end`."""
+        """Appends itself to the module's `on_train_batch_end`, and takes SIGTERM from Lightning."""
+        self._handlers[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._on_signal)
         step_end = pl_module.on_train_batch_end
 
         # Lightning calls the module's hook after those of all callbacks; only behind it the step is complete
@@ -79,8 +86,9 @@ class Requeue(Callback):
             shutil.rmtree(self.path) if self.path.is_dir() else self.path.unlink()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Puts the former handler back."""
-        signal.signal(signal.SIGUSR1, self._handler or signal.SIG_DFL)
+        """Puts the former handlers back."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leaves between two epochs: `last.ckpt` has just been written."""
@@ -90,6 +98,7 @@ class Requeue(Callback):
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signalled_at is None:
             self.signalled_at = time.monotonic()
+        self._signal = max(self._signal, ORDER.index(number))
 
     def _after_step(self, trainer: L.Trainer, batch_idx: int) -> None:
         self._agreed = self._agreed or self._agree(trainer)
@@ -103,29 +112,31 @@ class Requeue(Callback):
             trainer.save_checkpoint(self.path)
             self._leave(trainer, self.path)
 
-    def _agree(self, trainer: L.Trainer) -> bool:
-        """Whether any rank had seen the signal one step ago."""
-        signalled = self.signalled_at is not None
+    def _agree(self, trainer: L.Trainer) -> int:
+        """Place in ORDER of what any rank had seen one step ago."""
         if self._group is None:
-            return signalled
-        agreed = False
+            return self._signal
+        agreed = 0
         if self._work is not None and self._flags is not None:
             self._work.wait()
-            agreed = bool(self._flags.item())
-        self._flags = torch.tensor([int(signalled)])
-        self._work = torch.distributed.all_reduce(self._flags, group=self._group, async_op=True)
+            agreed = int(self._flags.item())
+        self._flags = torch.tensor([self._signal])
+        op = torch.distributed.ReduceOp.MAX
+        self._work = torch.distributed.all_reduce(self._flags, op, group=self._group, async_op=True)
         return agreed
 
     def _leave(self, trainer: L.Trainer, path: Path) -> None:
-        job = job_id()
         # requeueing sends SIGTERM to tasks that are about to end anyway
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if not trainer.is_global_zero:
-            raise SystemExit(0 if job else 1)
-        since = "" if self.signalled_at is None else f" {time.monotonic() - self.signalled_at:.2f} s after SIGUSR1"
+            # a failure of one rank makes launchers kill the others, and rank 0 has something left to do
+            raise SystemExit(0)
+        name = signal.Signals(ORDER[self._agreed]).name
+        since = "" if self.signalled_at is None else f" {time.monotonic() - self.signalled_at:.2f} s after {name}"
         print(f"step {trainer.global_step}: {path} is written{since}", flush=True)
-        if job is None:
-            raise SystemExit("stopped by SIGUSR1; the same command with --resume true continues")
+        job = job_id()
+        if job is None or name == "SIGTERM":
+            raise SystemExit(f"stopped by {name}; the same command with --resume true continues")
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr or done.stdout).strip()

@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, St
 
 from callbacks.requeue import CHECKPOINT
 from lightning_modules.sharding import replace
+from scripts.consolidate import check_complete
 from scripts.errors import UserError
 from scripts.options import flat, is_location
 
@@ -44,20 +45,18 @@ def newest_checkpoint(folder: Path, fallback: bool = False) -> Path | None:
         fallback: passes over what cannot be read, to the newest one of any name that can.
 
     Returns:
-        The newer one of `last.ckpt` and `requeue.ckpt`; None if there is neither.
+        The one of `last.ckpt` and `requeue.ckpt` after more steps (clocks may jump); None if there is neither.
 
     Raises:
         UserError: it cannot be read, and `fallback` is False or there is nothing to fall back to.
     """
-    found = [path for name in ("last.ckpt", CHECKPOINT) if (path := folder / name).exists()]
-    if not found:
-        return None
-    wanted = max(found, key=_age)
-    problem = _unreadable(wanted)
-    if problem is None:
-        return wanted
-    others = sorted((path for path in folder.glob("*.ckpt") if path != wanted), key=_age, reverse=True)
-    good = next((path for path in others if _unreadable(path) is None), None)
+    # a sharded checkpoint changes places by two renames; a job killed between them leaves the older one's name
+    last = next((path for name in ("last.ckpt", ".last.ckpt.old") if (path := folder / name).exists()), None)
+    found = [path for path in (last, folder / CHECKPOINT) if path is not None and path.exists()]
+    problem = "; ".join(text for path in found if (text := _unreadable(path)))
+    if not problem:
+        return max(found, key=_steps, default=None)
+    good = max((path for path in folder.glob("*.ckpt") if _unreadable(path) is None), key=_steps, default=None)
     if good is None:
         raise UserError(f"{problem}; there is no other to fall back to, --overwrite true starts anew")
     if not fallback:
@@ -83,14 +82,17 @@ def set_aside(folder: Path) -> None:
     print(f"{folder} cannot be continued by this code; kept as {target.name}, starting anew", file=sys.stderr)
 
 
-def _age(path: Path) -> int:
-    return path.stat().st_mtime_ns
+def _steps(path: Path) -> int:
+    """Optimizer steps before a checkpoint was written."""
+    return _read(path).get("global_step", -1)
 
 
 def _unreadable(path: Path) -> str | None:
     """Why a checkpoint cannot be read, or None."""
     try:
-        read_checkpoint_facts(path)
+        _read(path)
+        if path.is_dir():
+            check_complete(path)
     except UserError as error:
         return str(error)
     return None
@@ -110,10 +112,14 @@ def read_checkpoint_facts(path: Path) -> dict[str, Any]:
     Raises:
         UserError: not a checkpoint.
     """
+    return _read(path).get("noisebench", {})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A checkpoint, or that part of a sharded one (a folder) which is not a shard of a tensor."""
     try:
-        # a sharded checkpoint is a folder; this file holds what is not a shard of a tensor
         file = path / "meta.pt" if path.is_dir() else path
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True).get("noisebench", {})
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise UserError(f"{path} is not a readable checkpoint: {error}".splitlines()[0]) from error
 

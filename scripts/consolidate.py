@@ -37,7 +37,7 @@ def consolidate(folder: Path, output: Path) -> None:
     """
     if output.exists():
         raise UserError(f"--output: {output} exists; nothing is overwritten, give another name")
-    _check_complete(folder)
+    check_complete(folder)
     checkpoint = _load(folder)
     checkpoint["optimizer_states"] = [
         _by_number(checkpoint.pop(f"optimizer_{number}"))
@@ -46,8 +46,12 @@ def consolidate(folder: Path, output: Path) -> None:
     _save(checkpoint, output)
 
 
-def _check_complete(folder: Path) -> None:
-    """Every shard has the bytes that the index speaks of."""
+def check_complete(folder: Path) -> None:
+    """Every shard has the bytes that the index speaks of.
+
+    Raises:
+        UserError: one has not, or there is no index.
+    """
     from torch.distributed.checkpoint import FileSystemReader
 
     if not (folder / "meta.pt").is_file() or not (folder / ".metadata").is_file():

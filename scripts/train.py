@@ -292,6 +292,9 @@ def explained(action: Callable[[], Any], recipe: str) -> Any:
         if os.environ.get("NOISEBENCH_TRACEBACK"):
             raise
         hint = f"(recipe {recipe}; NOISEBENCH_TRACEBACK=1 shows where)" if recipe else ""
+        if "by peer" in str(error):
+            # gloo speaks of its sockets only
+            raise UserError(f"another process of this run has ended; --resume true continues {hint}".strip()) from error
         raise UserError(f"{plain_message(str(error))} {hint}".strip()) from error
 
 

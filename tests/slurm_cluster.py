@@ -53,7 +53,7 @@ def missing_programs() -> list[str]:
 
 
 @contextmanager
-def cluster(folder: Path, delay: int = 5, kill_wait: int = 5) -> Iterator[dict[str, str]]:
+def cluster(folder: Path, delay: int = 5, kill_wait: int = 10) -> Iterator[dict[str, str]]:
     """Starts the daemons and stops them again.
 
     Args:

@@ -1,5 +1,6 @@
 """`noisebench consolidate`, and what meets a checkpoint that is a folder. Real shards of two ranks: test_sharding."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,13 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_modules.sharding import FSDP2, replace
 from scripts.__main__ import main
-from scripts.checkpoints import FileInPlaceOfFolder, read_checkpoint_facts, refuse_folder
+from scripts.checkpoints import (
+    FileInPlaceOfFolder,
+    newest_checkpoint,
+    own_checkpoint,
+    read_checkpoint_facts,
+    refuse_folder,
+)
 from scripts.errors import UserError
 
 WEIGHT = torch.arange(12.0).reshape(4, 3)
@@ -68,6 +75,31 @@ def test_cut_off_shard_is_named_and_nothing_is_written(sharded: Path, capsys: py
     shard.write_bytes(shard.read_bytes()[: size // 2])
     assert f"{shard} is cut off: {size // 2} of {size} bytes" in error_of(capsys, sharded)
     assert [path.name for path in sharded.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_cut_off_shard_is_nothing_to_resume_from(sharded: Path) -> None:
+    assert newest_checkpoint(sharded.parent) == sharded
+    (shard,) = sharded.glob("*.distcp")
+    shard.write_bytes(shard.read_bytes()[:10])
+    with pytest.raises(UserError, match=f"{shard} is cut off: 10 of .* there is no other to fall back to"):
+        newest_checkpoint(sharded.parent)
+
+
+def test_kill_between_the_renames_of_a_save_loses_nothing(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new = sharded.with_name(".last.ckpt.partial")
+    shutil.copytree(sharded, new)
+    rename = Path.rename
+
+    def killed(self: Path, target: Path) -> Path:
+        if self == new:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        replace(new, sharded)
+    assert not sharded.exists()
+    assert own_checkpoint(sharded.parent, "c0de") == str(sharded.with_name(".last.ckpt.old"))
 
 
 def test_broken_index_is_an_error(sharded: Path, capsys: pytest.CaptureFixture) -> None:

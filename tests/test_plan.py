@@ -1,6 +1,8 @@
 """Memory plans: bytes against real tensors, and the advice that follows from them."""
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -204,3 +206,15 @@ def test_memory_of_nothing_is_refused() -> None:
 @pytest.mark.parametrize(("count", "text"), [(12, "12 B"), (1234, "1.23 kB"), (999_600, "1 MB"), (5 * 10**12, "5 TB")])
 def test_bytes_are_shown_in_three_digits(count: int, text: str) -> None:
     assert human(count) == text
+
+
+@pytest.mark.slow
+def test_table_of_the_page_is_what_the_commands_beside_it_print(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "scale-out.md").read_text()
+    commands = re.findall(r"^noisebench (plan .* --markdown)$", page, re.MULTILINE)
+    assert len(commands) == 5
+    for command in commands:
+        assert main(command.split()) == 0
+        rows = [row for row in capsys.readouterr().out.splitlines() if "| 32-true | no |" in row]
+        assert len(rows) == 3
+        assert [row for row in rows if f"| {command.split()[1]} {row}\n" not in page] == []

@@ -322,15 +322,18 @@ def test_refused_requeue_says_why_and_is_no_success(
 def checkpoint(folder: Path, name: str, age: int, whole: bool = True) -> Path:
     folder.mkdir(exist_ok=True)
     path = folder / name
-    torch.save({"noisebench": {"code_hash": name}, "weights": torch.zeros(1000)}, path)
+    facts = {"global_step": 1000 - age, "noisebench": {"code_hash": name}}
+    torch.save({**facts, "weights": torch.zeros(1000)}, path)
     if not whole:
         path.write_bytes(path.read_bytes()[:2000])
-    os.utime(path, (1000 - age, 1000 - age))
+    os.utime(path, (1000 + age, 1000 + age))  # a clock that went backwards
     return path
 
 
 @pytest.mark.parametrize(("last", "stopped", "expected"), [(2, 1, "requeue.ckpt"), (1, 2, "last.ckpt")])
-def test_newer_checkpoint_continues(last: int, stopped: int, expected: str, tmp_path: Path) -> None:
+def test_checkpoint_after_more_steps_continues_whatever_the_clock_said(
+    last: int, stopped: int, expected: str, tmp_path: Path
+) -> None:
     checkpoint(tmp_path, "last.ckpt", last)
     checkpoint(tmp_path, "requeue.ckpt", stopped)
     checkpoint(tmp_path, "best.ckpt", 0)
@@ -350,10 +353,11 @@ def test_truncated_checkpoint_is_an_error_that_names_the_way_out(tmp_path: Path)
 
 def test_fallback_takes_the_newest_good_one_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = checkpoint(tmp_path, "best.ckpt", 3)
-    checkpoint(tmp_path, "last.ckpt", 2, whole=False)
-    broken = checkpoint(tmp_path, "requeue.ckpt", 1, whole=False)
+    broken = [checkpoint(tmp_path, name, 1, whole=False) for name in ("last.ckpt", "requeue.ckpt")]
     assert newest_checkpoint(tmp_path, fallback=True) == good
-    assert f"warning: {broken} is not a readable checkpoint" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert all(f"{path} is not a readable checkpoint" in said for path in broken)
+    assert said.endswith(f"; continuing from {good}\n")
 
 
 def test_fallback_without_a_good_one_is_an_error(tmp_path: Path) -> None:

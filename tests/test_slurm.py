@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from slurm_cluster import cluster, missing_programs
+from slurm_cluster import NODES, cluster, missing_programs
+
+from scripts.consolidate import consolidate
 
 ROOT = Path(__file__).parents[1]
 RECIPE = "elr/mini-sym40"
@@ -23,6 +25,10 @@ EPOCHS = 4
 QUIET = ["--wandb", "false", "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
 PLACE = ["--setup", "export MASTER_ADDR=127.0.0.1", "--gpus-per-node", "0"]
 """Both nodes are this machine, whose name resolves to no address that gloo could use."""
+VIT = "{img_size: 28, patch_size: 7, in_chans: 1, embed_dim: 15, depth: 2, num_heads: 3}"
+FSDP2 = ["--trainer.strategy", "fsdp2", "--model.net", "lightning_modules.networks.image.TimmNet"]
+FSDP2 += ["--model.net.name", "vit_tiny_patch16_224", "--model.net.num_classes", "10", "--model.net.options", VIT]
+"""A ViT in the place of the recipe's net; its width does not divide by two."""
 
 pytestmark = pytest.mark.slurm
 
@@ -120,10 +126,34 @@ def task(job: str, rank: int) -> int:
     raise AssertionError(f"no task {rank} of job {job}")
 
 
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def daemon(node: str, environment: dict[str, str]) -> int:
+    """Process number of a node's slurmd."""
+    words = ["slurmd", "-D", "-N", node, "-f", environment["SLURM_CONF"]]
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (folder / "cmdline").read_text().split("\0")[:-1] == words:
+                return int(folder.name)
+    raise AssertionError(f"no slurmd of {node}")
+
+
+def last_checkpoint(folder: Path) -> dict[str, Any]:
+    """The content of `last.ckpt`, whose shards are joined first."""
+    path = folder / "checkpoints" / "last.ckpt"
+    with tempfile.TemporaryDirectory() as place:
+        if path.is_dir():
+            consolidate(path, Path(place) / "full.ckpt")
+            path = Path(place) / "full.ckpt"
+        return torch.load(path, weights_only=True)
+
+
 def assert_equal_runs(one: Path, other: Path) -> None:
     """Metrics, weights, targets and optimizer of two run folders agree bit for bit."""
     assert (one / "metrics.csv").read_text() == (other / "metrics.csv").read_text()
-    ours, theirs = (torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (one, other))
+    ours, theirs = last_checkpoint(one), last_checkpoint(other)
     for name, value in theirs["state_dict"].items():
         assert torch.equal(ours["state_dict"][name], value), name
     assert torch.equal(ours["targets"], theirs["targets"])
@@ -182,11 +212,12 @@ def test_cancelled_job_leaves_a_folder_that_resumes(jobs: Cluster, undisturbed: 
     jobs.until(lambda: saved(tmp_path), "the first epoch")
     jobs.call("scancel", job)
     assert jobs.wait(job, "CANCELLED", "FAILED", "COMPLETED") == "CANCELLED"
+    jobs.until(lambda: "stopped by SIGTERM" in output(tmp_path), "the checkpoint after SIGTERM")
     assert not (run_folder(tmp_path) / "record.json").exists()
     script = tmp_path / "elr" / "mini-sym40" / "submit-elr-mini-sym40.sh"
     again = jobs.call("sbatch", "--parsable", str(script)).stdout.strip()
     assert jobs.wait(again, "COMPLETED", "FAILED") == "COMPLETED", output(tmp_path)
-    assert restored(tmp_path) == ["last.ckpt"]
+    assert restored(tmp_path) == ["requeue.ckpt"]
     assert_equal_runs(run_folder(tmp_path), undisturbed)
 
 
@@ -222,4 +253,63 @@ def test_impossible_options_show_the_reason_that_slurm_gives(
     assert reason in done.stderr
 
 
-# Jobs whose parameters are sharded over both nodes (FSDP2) belong here: `two_nodes` with the recipe's own strategy.
+def test_frozen_node_requeues_the_job_and_it_resumes_once_the_node_is_back(
+    jobs: Cluster, undisturbed: Path, tmp_path: Path
+) -> None:
+    job = jobs.start(tmp_path, *two_nodes())
+    jobs.until(lambda: saved(tmp_path), "the first epoch")
+    lost, slurmd = task(job, 1), daemon(NODES[1], jobs.environment)
+    frozen = [lost, parent(lost), slurmd]
+    try:
+        # no answer and no closed connection, as of a machine without power
+        for process in frozen:
+            os.kill(process, signal.SIGSTOP)
+        jobs.call("scontrol", "update", f"nodename={NODES[1]}", "state=down", "reason=no answer")
+        jobs.wait(job, "PENDING", "COMPLETED", "FAILED", "NODE_FAIL", seconds=60)
+    finally:
+        for process in frozen[:2]:
+            os.kill(process, signal.SIGKILL)
+        os.kill(slurmd, signal.SIGCONT)
+    jobs.call("scontrol", "update", f"nodename={NODES[1]}", "state=resume")
+    assert jobs.wait(job, "COMPLETED", "FAILED") == "COMPLETED", output(tmp_path)
+    assert restored(tmp_path) == ["last.ckpt"]
+    assert_equal_runs(run_folder(tmp_path), undisturbed)
+
+
+# sharded over both nodes
+
+
+@pytest.fixture(scope="session")
+def sharded(slurm: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a two-node FSDP2 run that nothing disturbed."""
+    runs, jobs = tmp_path_factory.mktemp("sharded"), Cluster(slurm)
+    job = jobs.start(runs, *two_nodes(), *FSDP2)
+    assert jobs.wait(job, "COMPLETED", "FAILED") == "COMPLETED", output(runs)
+    return run_folder(runs)
+
+
+def test_two_sharded_nodes_end_as_two_sharded_local_processes(
+    sharded: Path, slurm: dict[str, str], tmp_path: Path
+) -> None:
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "scripts"]
+    words += ["fit", "--config", RECIPE, "--runs", str(tmp_path), "--trainer.devices", "2", "--trainer.accelerator"]
+    Cluster(slurm).call(*words, "cpu", "--trainer.max_epochs", str(EPOCHS), *QUIET, *FSDP2)
+    assert (sharded / "checkpoints" / "last.ckpt").is_dir()
+    assert_equal_runs(sharded, run_folder(tmp_path))
+
+
+def test_signal_to_a_sharded_job_requeues_it_and_it_ends_as_an_undisturbed_one(
+    jobs: Cluster, sharded: Path, tmp_path: Path
+) -> None:
+    job = jobs.start(tmp_path, *two_nodes(), *FSDP2)
+    jobs.until(lambda: saved(tmp_path), "the first epoch")
+    jobs.call("scancel", "--signal=USR1", job)
+    jobs.until(lambda: "is requeued" in output(tmp_path), "the requeue")
+    found = re.search(r"step (\d+): \S+requeue.ckpt is written ([\d.]+) s after SIGUSR1", output(tmp_path))
+    assert found
+    print(f"sharded checkpoint {found[2]} s after the signal, at step {found[1]}")
+    assert int(found[1]) % 40 != 0
+    assert (run_folder(tmp_path) / "checkpoints" / "requeue.ckpt" / "meta.pt").is_file()
+    assert jobs.wait(job, "COMPLETED", "FAILED") == "COMPLETED", output(tmp_path)
+    assert restored(tmp_path) == ["requeue.ckpt"]
+    assert_equal_runs(run_folder(tmp_path), sharded)
