@@ -1,6 +1,6 @@
 """Image classification data, held as tensors and fetched a batch at a time."""
 
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
@@ -159,9 +159,19 @@ class ImageData(L.LightningDataModule):
         """Augments and normalises on the device."""
         images = batch["image"]
         if self.trainer is not None and self.trainer.training:
-            images = self._augment(images)
-        elif self.crop is not None:
-            images = center_crop(images, self.crop)
+            return self._normalized(batch, self._augment(images))
+        return self.as_evaluated(batch)
+
+    def examples(self, part: Literal["train", "val", "test"]) -> FieldDataset:
+        """Fields of a part by position, raw; what observers pick their examples from."""
+        return {"train": self._train[0], "val": self._val, "test": self._test}[part]
+
+    def as_evaluated(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A raw batch as evaluation sees it: centre crop, normalised, no augmentation and no draw."""
+        images = batch["image"]
+        return self._normalized(batch, images if self.crop is None else center_crop(images, self.crop))
+
+    def _normalized(self, batch: dict[str, Any], images: Tensor) -> dict[str, Any]:
         # in place of per-batch copies of constants: they move to the device once
         if self._mean.device != images.device:
             self._mean, self._std = self._mean.to(images.device), self._std.to(images.device)

@@ -193,6 +193,17 @@ class Asymmetric(LabelNoise):
         )
 
 
+class Permuted(LabelNoise):
+    """One permutation of all labels: nothing is left to learn, and the classes keep their sizes.
+
+    Source: arXiv 2312.04823, official code (`wronglabel`).
+    """
+
+    def __call__(self, labels: Labels, rows: Labels, all_labels: Labels, num_classes: int, rng: RandomState) -> Labels:
+        """As in `LabelNoise`."""
+        return labels[rng.permutation(len(labels))]
+
+
 class Human(LabelNoise):
     """Human labels of CIFAR-N; see `human_labels`.
 
