@@ -140,7 +140,7 @@ def _readme(board: Board, old: str, picture: Path) -> tuple[str, str | None]:
 
     drawn = drawings.picture(board.results, picture)
     link = f"![Effects of the claims that were run, their bounds and margins]({picture.as_posix()})"
-    text = between_markers(old, "verdicts", summary(board.results))
+    text = between_markers(old, "verdicts", summary(board.papers, board.results))
     return between_markers(text, "picture", "" if drawn is None else link), drawn
 
 

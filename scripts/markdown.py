@@ -102,15 +102,29 @@ def mean_sd(values: Sequence[float | None]) -> str:
     return f"{statistics.fmean(found):.4g} ± {statistics.stdev(found):.2g} {count}"
 
 
-def summary(results: Sequence[ClaimResult]) -> str:
-    """A short table of the claims that have been run, for the README."""
-    run = [result for result in results if result.records]
-    rows = [("Claim", "Scale", "Verdict", "Effect [L, U], margin", "Seeds"), ("---",) * 5]
-    for result in run:
-        claim, verdict = result.claim, result.verdict
-        name = f"**{verdict.name}**{' *stale*' if result.stale else ''}"
-        rows.append((f"`{claim.slug}` {claim.text}", claim.scale, name, _effect(result), str(verdict.num_seeds)))
-    return "\n".join([*map(_row, rows), "", f"Of all {len(results)} claims: {tally(results)}."])
+def summary(papers: Sequence[Paper], results: Sequence[ClaimResult]) -> str:
+    """For the README: how many claims of each paper have which verdict, and the claims that do not hold as they stand."""
+    rows = [("Paper", "About", "Mini scale", "Paper scale"), ("---",) * 4]
+    for paper in papers:
+        own = [result for result in results if result.claim.slug == paper.slug]
+        cells = [_counts([r for r in own if r.claim.scale == scale]) for scale in SECTIONS]
+        link = f"[`{paper.slug}`](recipes/{paper.slug}/README.md)"
+        rows.append((link, f"{paper.title}, {paper.venue}, arXiv {paper.arxiv}; {paper.family}", *cells))
+    lines = [*map(_row, rows), "", f"Of all {len(results)} claims: {tally(results)}.", ""]
+    for name in ("not reproduced", "inconclusive"):
+        found = [result for result in results if result.verdict.name == name]
+        lines += [f"{name.capitalize()}:", ""] if found else []
+        lines += [f"- `{r.claim.slug}` ({r.claim.scale}) {r.claim.text}: effect {_effect(r)}" for r in found]
+        lines += [""] if found else []
+    return "\n".join(lines).rstrip()
+
+
+def _counts(results: Sequence[ClaimResult]) -> str:
+    """`5 reproduced, 1 inconclusive`, without the verdicts that no claim has."""
+    counts = Counter(result.verdict.name for result in results)
+    stale = sum(result.stale for result in results)
+    words = [f"{counts[name]} {name}" for name in VERDICTS if counts[name]] + ([f"*{stale} stale*"] if stale else [])
+    return ", ".join(words) or "–"
 
 
 def _many_claims(results: Sequence[ClaimResult]) -> list[str]:

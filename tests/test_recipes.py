@@ -25,8 +25,10 @@ COUNTS = {
     "dtr": 3,
     "elr": 68,
     "immiscible": 12,
+    "local_complexity": 13,
     "prior": 1,
     "rich_lazy": 5,
+    "spectral_entropy": 39,
     "subgm": 6,
     "unsup_pretraining": 4,
     "virgo": 6,
@@ -96,7 +98,7 @@ def _kinds() -> dict[str, Path]:
     for path in WITH_NET:
         settings = merged(path)
         model, data = settings["model"], settings["data"]["init_args"]
-        kind = [model["class_path"], model["init_args"]["net"], data["source"]["class_path"]]
+        kind = [model["class_path"], model["init_args"]["net"], data.get("source", {}).get("class_path")]
         kind += [(model["init_args"].get("scheduler") or {}).get("class_path")]
         kinds.setdefault(json.dumps(kind, sort_keys=True), path)
     return kinds
@@ -105,12 +107,19 @@ def _kinds() -> dict[str, Path]:
 def _stands_in(path: Path) -> list[str]:
     """Options that put random pictures of the right shape in the place of the recipe's data."""
     settings = merged(path)
-    source = settings["data"]["init_args"]["source"]
+    source = settings["data"]["init_args"].get("source")
+    if source is None:
+        return []
     net = settings["model"]["init_args"]["net"].get("init_args", {})
     photos = "photo_folders" in source["class_path"]
     words = ["--data.source", "synthetic.SyntheticImages", "--data.num_workers", "0"]
     words += ["--data.source.num_classes", str(net.get("num_classes", 10)), "--data.source.per_class", "4"]
     words += ["--data.val_fraction", "0.5", "--data.source.size", "256" if photos else "32"]
+    if path.parent.name == "local_complexity":
+        # thousands of passes through the net; the mini recipes' steps have their observers
+        words += ["--trainer.callbacks", "null"]
+    if "in_features" in net:
+        words += ["--data.source.channels", "1", "--data.source.size", "28"]
     if photos:
         words += ["--model.net.pretrained", "false"]
         words += ["--data.source.official_val", str("Clothing1M" in source["class_path"]).lower()]
@@ -129,7 +138,12 @@ def _stated_parameters(path: Path) -> tuple[int, int]:
 
 def _heavy(path: Path) -> bool:
     """Nets of the same class as another recipe's, or of a hundred million parameters."""
-    return "photo_folders" in merged(path)["data"]["init_args"]["source"]["class_path"] or "cifar100" in path.name
+    source = merged(path)["data"]["init_args"].get("source", {}).get("class_path", "")
+    return (
+        "photo_folders" in source
+        or "cifar100" in path.name
+        or any(net in str(merged(path)["model"]) for net in ("resized", "NarrowPreAct"))
+    )
 
 
 def _params(paths: Iterable[Path], heavy: Callable[[Path], bool]) -> list[Any]:

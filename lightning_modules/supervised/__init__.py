@@ -1,0 +1,1 @@
+"""Plain supervised training, for studies whose subject is an observer."""
