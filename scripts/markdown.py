@@ -103,8 +103,8 @@ def mean_sd(values: Sequence[float | None]) -> str:
 
 
 def summary(papers: Sequence[Paper], results: Sequence[ClaimResult]) -> str:
-    """For the README: how many claims of each paper have which verdict, and the claims that do not hold as they stand."""
-    rows = [("Paper", "About", "Mini scale", "Paper scale"), ("---",) * 4]
+    """For the README: how many claims of each paper have which verdict, and those that do not hold as they stand."""
+    rows: list[Sequence[str]] = [("Paper", "About", "Mini scale", "Paper scale"), ("---",) * 4]
     for paper in papers:
         own = [result for result in results if result.claim.slug == paper.slug]
         cells = [_counts([r for r in own if r.claim.scale == scale]) for scale in SECTIONS]

@@ -205,7 +205,7 @@ def test_publish_writes_records_page_and_readme(checkout: Path) -> None:
     assert leaderboard.verb(["--publish"]) == 0
     assert len(list((checkout / "docs/leaderboard/records").rglob("seed*.json"))) == 6
     readme = (checkout / "README.md").read_text()
-    assert "| `toy` The method beats the control | mini | **reproduced** | +0.2 [" in readme
+    assert "A Toy Paper, ToyConf 2020, arXiv 2001.00001; toys | 1 reproduced | – |" in readme
     assert readme.startswith("# Toy\n")
     assert readme.endswith("\n\nEnd.\n")
     assert "0.81 ± 0.01 (3) `mini`" in (checkout / "docs/leaderboard/README.md").read_text()
@@ -219,11 +219,18 @@ def test_committed_pages_are_made_from_published_records_alone(checkout: Path) -
     assert (checkout / "README.md").read_text() == before
 
 
+def test_claim_that_does_not_hold_is_named_in_the_readme(checkout: Path) -> None:
+    write_paper(recipes.ROOT, claim(treatment="mini-ce.yaml", control="mini.yaml"))
+    leaderboard.verb(["--publish"])
+    readme = (checkout / "README.md").read_text()
+    assert "Not reproduced:\n\n- `toy` (mini) The method beats the control: effect -0.2 [" in readme
+
+
 def test_changed_recipe_shows_as_stale_in_the_readme(checkout: Path) -> None:
     leaderboard.verb(["--publish"])
     (recipes.ROOT / "toy" / "mini.yaml").write_text("name: other\n")
     leaderboard.verb([])
-    assert "**reproduced** *stale*" in (checkout / "README.md").read_text()
+    assert "| 1 reproduced, *1 stale* |" in (checkout / "README.md").read_text()
 
 
 def test_reported_results_stand_apart(checkout: Path) -> None:
