@@ -64,7 +64,9 @@ def forests(results: Sequence[ClaimResult], of_paper: bool = False) -> list[Plan
         name = claim.id if of_paper else f"{claim.slug}/{claim.id}"
         seeds = tuple(row.effect for row in views.seed_rows(result) if row.effect is not None)
         row = charts.ForestRow(name, verdict.effect, verdict.lower, verdict.upper, claim.margin, verdict.name, seeds)
-        groups.setdefault((claim.scale, max(abs(verdict.effect), abs(claim.margin)) > 1), []).append(row)
+        numbers = [verdict.effect, claim.margin, verdict.lower or 0, verdict.upper or 0, *seeds]
+        large = any(1 < abs(number) < math.inf for number in numbers)
+        groups.setdefault((claim.scale, large), []).append(row)
     return [
         Plan(
             "forest",
