@@ -1,7 +1,9 @@
-"""What a tuned language model answers, as a table."""
+"""What a tuned language model answers, as a table, and how often that is right."""
 
 import csv
 import io
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,19 @@ from callbacks.files import write_atomic
 from callbacks.rng import make_generator
 
 
+def contains_key_words(prompt: str, reference: str, answer: str) -> bool:
+    """Whether an answer has every word of the reference that the prompt does not have, whatever their case."""
+    known, wanted, found = ({word.lower() for word in re.findall(r"\w+", text)} for text in (prompt, reference, answer))
+    return wanted - known <= found
+
+
 class AnswerSamples(Callback):
-    """Writes `answers.csv` into the run's folder when training has finished: prompt, reference, answers, agreement.
+    """Writes `answers.csv` into the run's folder when training has finished.
+
+    A row is a prompt: reference, answers, `agreement` (share of the answers that are the most frequent one) and `right`
+    (share of the answers that contain the reference's key words: those that the prompt does not have). The means of the
+    last two are in `answers.json`. Words are a strict judge: another spelling is wrong, a denial with the right name is
+    right. The official judge is a language model.
 
     Works on modules with `lm.model.generate` of transformers and data with `asked(part)` and `tokenizer`, as
     `PromptAnswers`. Draws have a seed of their own; training does not notice.
@@ -54,13 +67,19 @@ class AnswerSamples(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         table = io.StringIO()
         writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(["prompt", "reference", *(f"answer{k}" for k in range(self.samples)), "agreement"])
+        writer.writerow(["prompt", "reference", *(f"answer{k}" for k in range(self.samples)), "agreement", "right"])
+        scores: list[tuple[float, float]] = []
         for prompt, reference, ids in data.asked("test")[: self.count]:
             found = self.answers(pl_module, data.tokenizer, ids)
-            # share of the answers that are the most frequent one
             agreement = max(found.count(answer) for answer in found) / len(found)
-            writer.writerow([prompt, reference, *found, f"{agreement:.2f}"])
-        write_atomic(Path(trainer.default_root_dir) / "answers.csv", table.getvalue())
+            right = sum(contains_key_words(prompt, reference, answer) for answer in found) / len(found)
+            scores.append((agreement, right))
+            writer.writerow([prompt, reference, *found, f"{agreement:.2f}", f"{right:.2f}"])
+        folder = Path(trainer.default_root_dir)
+        write_atomic(folder / "answers.csv", table.getvalue())
+        agreement, right = (sum(column) / len(scores) for column in zip(*scores, strict=True))
+        summary = {"prompts": len(scores), "samples": self.samples, "agreement": agreement, "right": right}
+        write_atomic(folder / "answers.json", json.dumps(summary, indent=1))
 
     def answers(self, pl_module: L.LightningModule, tokenizer: Any, ids: torch.Tensor) -> list[str]:
         """Texts after a prompt's tokens (T,)."""

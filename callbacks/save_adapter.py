@@ -19,12 +19,12 @@ class SaveAdapter(Callback):
             raise ValueError(f"SaveAdapter needs a module with lm.save(folder), {type(pl_module).__name__} has none")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes beside an older one, then changes their places."""
-        if not trainer.is_global_zero:
-            return
+        """Writes beside an older one, then changes their places; all ranks take part, the first one writes."""
         folder = Path(trainer.default_root_dir) / "adapter"
         partial = folder.with_name(".adapter.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        pl_module.lm.save(partial)  # type: ignore[union-attr, operator]
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        if trainer.is_global_zero:
+            shutil.rmtree(partial, ignore_errors=True)
+        pl_module.lm.save(partial, write=trainer.is_global_zero)  # type: ignore[union-attr, operator]
+        if trainer.is_global_zero:
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)

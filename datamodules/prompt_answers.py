@@ -7,11 +7,11 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from datamodules.batches import BatchOrder, loader
+from datamodules.token_rows import IGNORED, BucketOrder, Row, TokenRows, kept_rows, pack
 
-IGNORED = -100
 Format = Literal["chat", "chatml", "alpaca", "plain"]
 CHATML = ("<|im_start|>user\n{prompt} <|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n")
 ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -23,7 +23,7 @@ def read_rows(source: str, prompt_field: str, answer_field: str, split: str) -> 
     """(prompt, answer) of each row of a CSV, JSON or Parquet file, or of a hub data set.
 
     Raises:
-        ValueError: no such file, a missing field, or an empty prompt or answer, by row.
+        ValueError: no such file, no rows, a missing field, or an empty prompt or answer, by row.
     """
     from datasets import load_dataset
 
@@ -38,6 +38,8 @@ def read_rows(source: str, prompt_field: str, answer_field: str, split: str) -> 
         if name not in rows.column_names:
             raise ValueError(f"data: {source} has no field {name!r}, it has {', '.join(rows.column_names)}")
     found = list(zip(rows[prompt_field], rows[answer_field], strict=True))
+    if not found:
+        raise ValueError(f"data: {source} has no rows")
     for number, pair in enumerate(found, start=1):
         for name, text in zip((prompt_field, answer_field), pair, strict=True):
             if not isinstance(text, str) or not text.strip():
@@ -86,7 +88,7 @@ def key_spans(prompt: str, answer: str) -> list[tuple[int, int]]:
 
 def tokenize(
     rows: list[tuple[str, str]], tokenizer: Any, form: Format, loss_on: Literal["response", "all"], max_length: int
-) -> list[dict[str, Tensor]]:
+) -> list[Row]:
     """Per row `input_ids`, `labels` and `key`, all (T,): spans are found by characters, never by token numbers.
 
     Raises:
@@ -109,33 +111,12 @@ def tokenize(
     return found
 
 
-class TokenRows(Dataset):
-    """Rows of different lengths; `rows[index_tensor]` is a batch padded on the right to its longest row."""
-
-    def __init__(self, rows: list[dict[str, Tensor]], pad_id: int) -> None:
-        self.rows = rows
-        self.fill = {"input_ids": pad_id, "labels": IGNORED, "key": False}
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: Tensor) -> dict[str, Tensor]:
-        rows = [self.rows[k] for k in index.tolist()]
-        batch = {
-            name: torch.nn.utils.rnn.pad_sequence([row[name] for row in rows], batch_first=True, padding_value=fill)
-            for name, fill in self.fill.items()
-        }
-        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        return {**batch, "attention_mask": mask.long(), "index": index}
-
-
 class PromptAnswers(L.LightningDataModule):
     """Question and answer pairs to tune on, and others to test with.
 
     A batch is a dict: `input_ids`, `labels`, `attention_mask` (B, T) int64; `key` (B, T) bool, tokens of the answer's
     words that are not in the prompt; `index`. Test rows without such words are left out. Each row keeps its end token
-    as a label, also where the padding is the same token.
+    as a label, also where the padding is the same token. Tokens are made once and kept in the user's cache.
 
     Args:
         train, test: CSV, JSON or Parquet file, or hub id.
@@ -143,7 +124,9 @@ class PromptAnswers(L.LightningDataModule):
         form: `chat`, the tokenizer's own template; `chatml`, as the official code v1 writes it; `alpaca` (v2); `plain`.
         loss_on: the response, or all tokens (official code).
         max_length: longest row in tokens; a longer one is an error.
-        batch_size: global.
+        batch_size: global; rows, packed ones where they are packed.
+        batching: of the training rows: `shuffled`; `bucketed`, rows of similar length together, less padding; `packed`,
+            several in a row of at most max_length tokens that do not see each other: best for many short documents.
         num_train: takes only the first rows; None takes all.
         prompt_field, answer_field: names of the columns.
         splits: of hub data sets.
@@ -160,6 +143,7 @@ class PromptAnswers(L.LightningDataModule):
         loss_on: Literal["response", "all"] = "response",
         max_length: int = 512,
         batch_size: int = 16,
+        batching: Literal["shuffled", "bucketed", "packed"] = "shuffled",
         num_train: int | None = None,
         prompt_field: str = "prompt",
         answer_field: str = "response",
@@ -169,7 +153,7 @@ class PromptAnswers(L.LightningDataModule):
         self.sources = {"train": train, "test": test}
         self.tokenizer_source, self.form = tokenizer, form
         self.loss_on, self.max_length = loss_on, max_length
-        self.batch_size, self.num_train = batch_size, num_train
+        self.batch_size, self.batching, self.num_train = batch_size, batching, num_train
         self.fields, self.splits = (prompt_field, answer_field), splits
         self._parts: dict[str, TokenRows] = {}
 
@@ -183,10 +167,18 @@ class PromptAnswers(L.LightningDataModule):
             for (part, source), split in zip(self.sources.items(), self.splits, strict=True)
         }
         self.pairs["train"] = self.pairs["train"][: self.num_train]
-        for part, pairs in self.pairs.items():
-            rows = tokenize(pairs, self.tokenizer, self.form, self.loss_on, self.max_length)
-            kept = [row for row in rows if part == "train" or bool(row["key"].any())]
-            self._parts[part] = TokenRows(kept, self.tokenizer.pad_token_id or 0)
+        rows = {part: self._tokens(pairs) for part, pairs in self.pairs.items()}
+        rows["test"] = [row for row in rows["test"] if bool(row["key"].any())]
+        if self.batching == "packed":
+            rows["train"] = pack(rows["train"], self.max_length)
+        self._parts = {part: TokenRows(found, self.tokenizer.pad_token_id or 0) for part, found in rows.items()}
+
+    def _tokens(self, pairs: list[tuple[str, str]]) -> list[Row]:
+        options = (self.form, self.loss_on, self.max_length)
+        state = (self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template, self.tokenizer.eos_token)
+        # the code of this file is part of what the rows are a function of
+        description = [Path(__file__).read_text(), state, options, pairs]
+        return kept_rows(description, lambda: tokenize(pairs, self.tokenizer, *options))
 
     def examples(self, part: str) -> TokenRows:
         """Rows of a part by position."""
@@ -204,7 +196,7 @@ class PromptAnswers(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Rows to tune on; the order is a function of (seed, epoch)."""
-        return loader(self._parts["train"], self._order("train", self.batch_size, True))
+        return loader(self._parts["train"], self._order("train", shuffle=True))
 
     def val_dataloader(self) -> list[DataLoader]:
         """Test rows."""
@@ -212,8 +204,10 @@ class PromptAnswers(L.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         """Test rows."""
-        return loader(self._parts["test"], self._order("test", self.batch_size, False))
+        return loader(self._parts["test"], self._order("test", shuffle=False))
 
-    def _order(self, part: str, batch_size: int, shuffle: bool) -> BatchOrder:
-        rank, replicas = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-        return BatchOrder(len(self._parts[part]), batch_size, shuffle, 1, rank, replicas)
+    def _order(self, part: str, shuffle: bool) -> BatchOrder:
+        place = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        if shuffle and self.batching == "bucketed":
+            return BucketOrder(self._parts[part].lengths, self.batch_size, *place)
+        return BatchOrder(len(self._parts[part]), self.batch_size, shuffle, 1, *place)

@@ -195,6 +195,8 @@ class NoiseFiT(L.LightningModule):
         selection: given layers; those of largest or lowest signal-to-noise ratio; or auto, the calibration of v2.
         layers: for `given`, counted from 0; None for all.
         num_layers: for largest and lowest.
+        prefix_sharing: True computes what lies below the first noisy layer once per step; the calibration then looks
+            for noisy layers above the first quarter (v2).
         noise_std: noise_std of v1, base standard deviation of v2; auto chooses its own.
         probe_std, probe_draws, probe_layers: noise of the evaluation, as in v2; None for all layers, 0 draws for none.
         start, start_sha256: weights to start from, see `load_start`; None keeps the model's own.
@@ -215,6 +217,7 @@ class NoiseFiT(L.LightningModule):
         selection: Literal["given", "largest", "lowest", "auto"] = "given",
         layers: list[int] | None = None,
         num_layers: int = 3,
+        prefix_sharing: bool = False,
         noise_std: float = 0.1,
         probe_std: float = 1.0,
         probe_draws: int = 4,
@@ -231,6 +234,7 @@ class NoiseFiT(L.LightningModule):
         self.variant: Variant = variant
         self.clean_passes, self.noisy_passes = PASSES[loss_mode]
         self.policy: NoisePolicy | None = None
+        self.policy_record: dict[str, Any] = {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for("weights/lm"))
             self.lm = lm()
@@ -260,19 +264,19 @@ class NoiseFiT(L.LightningModule):
         torch.manual_seed(seed_for("dropout", rank=self.global_rank))
         if self.noisy_passes == 0:
             return
-        training = self.lm.training
-        self.lm.eval()
-        with torch.no_grad():
-            if self.policy is None:
-                self.policy = self._choose_policy()
-            self.kl_start = self._divergence_at_start()
-        self.lm.train(training)
+        if self.policy is None:
+            training = self.lm.training
+            self.lm.eval()
+            with torch.no_grad():
+                self.policy, table = self._choose_policy()
+                self.policy_record = {**asdict(self.policy), **self._noise_at_start(), "table": table}
+            self.lm.train(training)
         if self.trainer.is_global_zero:
             path = Path(self.trainer.default_root_dir) / "noise_policy.json"
-            write_atomic(path, json.dumps({**asdict(self.policy), "kl_start": float(self.kl_start)}, indent=1))
-        if self.kl_start > 1:
+            write_atomic(path, json.dumps(self.policy_record, indent=1))
+        if (moved := self.policy_record["kl_start"]) > 1:
             rank_zero_warn(
-                f"noise in layers {[*self.policy.layers]} moves the predictions by {self.kl_start:.2g} nats a token: "
+                f"noise in layers {[*self.policy.layers]} moves the predictions by {moved:.2g} nats a token: "
                 f"more than 1 destroys them: lower model.noise_std {self.hparams['noise_std']} or choose other layers"
             )
 
@@ -281,15 +285,16 @@ class NoiseFiT(L.LightningModule):
         batches = itertools.islice(data.train_dataloader(), count)
         return [{k: v.to(self.device) for k, v in batch.items() if isinstance(v, Tensor)} for batch in batches]
 
-    def _choose_policy(self) -> NoisePolicy:
+    def _choose_policy(self) -> tuple[NoisePolicy, dict[str, Any]]:
+        """The policy, and by layer what it was chosen by."""
         selection, std = self.hparams["selection"], self.hparams["noise_std"]
-        if selection == "given":
-            chosen = self.given_layers
-        elif selection == "auto":
+        if selection == "auto":
             return self._calibrated_policy()
-        else:
-            chosen = tuple(layers_by_snr(self._layer_snrs(std), self.hparams["num_layers"], selection))
-        return NoisePolicy(chosen, (std,) * len(chosen))
+        chosen, table = self.given_layers, dict[str, Tensor]()
+        if selection != "given":
+            table = {"snr": self._layer_snrs(std)}
+            chosen = tuple(layers_by_snr(table["snr"], self.hparams["num_layers"], selection))
+        return NoisePolicy(chosen, (std,) * len(chosen)), {name: values.tolist() for name, values in table.items()}
 
     def _layer_snrs(self, noise_std: float) -> Tensor:
         """(L,) ratios on the first batch, mean over ranks: so all ranks choose alike."""
@@ -297,21 +302,38 @@ class NoiseFiT(L.LightningModule):
         ratios = [layer_snr(hidden, self._normal((SNR_PASSES, *hidden.shape)), noise_std) for hidden in outputs]
         return self._mean_over_ranks(torch.stack(ratios))
 
-    def _calibrated_policy(self) -> NoisePolicy:
+    def _calibrated_policy(self) -> tuple[NoisePolicy, dict[str, Any]]:
         """Every layer at every strength on the first two batches: 2 (1 + 5 L) forwards."""
         batches, layers = self._first_batches(2), self.decoder_layers
         hidden_size = layer_outputs(self.lm, layers, batches[0])[0].shape[-1]
         scales, add = strengths(hidden_size).tolist(), partial(layer_noise, variant="v2")
         table = calibration_table(self.lm, layers, batches, scales, add, symmetric_kl, self.noise_generator)
         table = self._mean_over_ranks(table).cpu()
-        grid = table[1:].view(len(layers), len(scales), 2)
-        return choose_policy(grid[..., 0], grid[..., 1], table[0], hidden_size)
+        divergence, rise = table[1:].view(len(layers), len(scales), 2).unbind(-1)
+        first = max(4, -(-len(layers) // 4)) if self.hparams["prefix_sharing"] else 0
+        if first >= len(layers):
+            raise ValueError(
+                f"model.prefix_sharing with model.selection auto needs more than {first} decoder layers, "
+                f"the model has {len(layers)}"
+            )
+        policy = choose_policy(divergence, rise, table[0], hidden_size, first)
+        found = {"scales": scales, "kl": divergence.tolist(), "ce_rise": rise.tolist(), "ce_clean": float(table[0])}
+        return policy, found
 
-    def _divergence_at_start(self) -> Tensor:
-        clean, noisy = self._logits(self._first_batches(1)[0], 1, 1)
-        return self._mean_over_ranks(
-            masked_kl(clean, noisy, torch.ones(len(clean), dtype=torch.bool, device=self.device))
-        )
+    def _noise_at_start(self) -> dict[str, Any]:
+        """How far noise moves the predictions, and its standard deviation over that of each noisy layer's output."""
+        policy, batch = self.policy or NO_NOISE, self._first_batches(1)[0]
+        clean, noisy = self._logits(batch, 1, 1)
+        moved = masked_kl(clean, noisy, torch.ones(len(clean), dtype=torch.bool, device=self.device))
+        outputs = layer_outputs(self.lm, self.decoder_layers, batch)
+        generator = make_generator("noise/ratio", rank=self.global_rank, device=self.device)
+        ratios = [moved]
+        for layer, scale in zip(policy.layers, policy.scales, strict=True):
+            eps = torch.randn(outputs[layer].shape, generator=generator, device=self.device)
+            noise = layer_noise(outputs[layer], eps, scale, self.variant) - outputs[layer]
+            ratios.append(noise.std() / outputs[layer].std())
+        kl_start, *found = self._mean_over_ranks(torch.stack(ratios)).tolist()
+        return {"kl_start": kl_start, "noise_to_hidden": found}
 
     def _mean_over_ranks(self, value: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(value.clone(), reduce_op="mean")
@@ -322,8 +344,10 @@ class NoiseFiT(L.LightningModule):
     def _logits(self, batch: dict[str, Tensor], clean: int = 1, noisy: int = 0) -> list[Tensor]:
         """Logits (n, V) of each pass at the positions before a label, clean ones first."""
         policy, add = self.policy or NO_NOISE, partial(layer_noise, variant=self.variant)
-        counts = (clean, noisy)
-        return pass_logits(self.lm, self.decoder_layers, batch, counts, policy, add, self.noise_generator)
+        counts, shared = (clean, noisy), self.hparams["prefix_sharing"]
+        return pass_logits(
+            self.lm, self.decoder_layers, batch, counts, policy, add, self.noise_generator, share_prefix=shared
+        )
 
     def on_train_epoch_start(self) -> None:
         """Starts the sums of this epoch: total, CE, soft, consistency, steps."""
@@ -381,7 +405,7 @@ class NoiseFiT(L.LightningModule):
         sums = self.trainer.strategy.reduce(self._sums.clone(), reduce_op="sum")
         self.log_dict({f"train/{name}": (sums[k] / sums[-1]).float() for k, name in enumerate(PARTS)})
         if self.noisy_passes:
-            self.log("noise/kl_start", self.kl_start)
+            self.log("noise/kl_start", self.policy_record["kl_start"])
 
     def on_validation_epoch_start(self) -> None:
         """Fresh sums, and the same probe noise in each evaluation."""
@@ -425,11 +449,12 @@ class NoiseFiT(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the noise policy: a resumed run never chooses anew."""
         if self.policy is not None:
-            checkpoint["noise_policy"] = {"layers": list(self.policy.layers), "scales": list(self.policy.scales)}
+            checkpoint["noise_policy"] = self.policy_record
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the noise policy."""
         if (stored := checkpoint.get("noise_policy")) is not None:
+            self.policy_record = stored
             self.policy = NoisePolicy(tuple(stored["layers"]), tuple(stored["scales"]))
 
     def configure_optimizers(self) -> Any:

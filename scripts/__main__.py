@@ -16,6 +16,8 @@ MODULES = {
     "plot": "scripts.plot",
     "plan": "scripts.plan",
     "consolidate": "scripts.consolidate",
+    "lm-eval": "scripts.lm_eval",
+    "push": "scripts.push",
 }
 
 HELP = """usage: noisebench VERB ...
@@ -34,6 +36,8 @@ Train and check papers on noise in deep learning.
   plot     RUN ...                 learning curves of runs as PNG or SVG
   plan RECIPE --gpus N --memory M  memory of a recipe on one device, under DDP and FSDP2
   consolidate CKPT_FOLDER          one file of a sharded checkpoint
+  lm-eval  RUN --tasks TASK ...    benchmarks of lm-eval on a run's language model
+  push     RUN --to OWNER/NAME     a run's adapter to the Hugging Face hub
 
 examples:
   noisebench reproduce elr

@@ -11,6 +11,7 @@ from typing import Any
 
 SOURCE = Path(__file__).parents[1]
 PACKAGES = ("noisebench", "torch", "torchvision", "lightning", "torchmetrics", "timm", "datasets", "numpy", "scipy")
+PACKAGES += ("transformers", "peft")
 
 
 @functools.cache

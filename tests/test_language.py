@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,17 @@ import lightning as L
 import pytest
 import torch
 
+from callbacks import answer_samples
 from callbacks.answer_samples import AnswerSamples
 from callbacks.save_adapter import SaveAdapter
-from datamodules import prompt_answers
+from datamodules import prompt_answers, token_rows
 from lightning_modules import noisefit
 from lightning_modules.language.hooks import find_decoder_layers
 from lightning_modules.language.noise_policy import NoisePolicy
 from lightning_modules.language.passes import layer_outputs, pass_logits
+from lightning_modules.networks import pretrained_lm
 from lightning_modules.networks.pretrained_lm import PretrainedLM
+from scripts import recipes
 
 transformers = pytest.importorskip("transformers", reason="pip install 'noisebench[llm]'")
 peft = pytest.importorskip("peft", reason="pip install 'noisebench[llm]'")
@@ -115,6 +119,60 @@ def test_logits_are_those_of_transformers() -> None:
     torch.testing.assert_close(lm(ids), lm.model(ids).logits)
 
 
+def test_packed_documents_do_not_see_each_other() -> None:
+    lm, first, second = small_lm().eval(), torch.arange(6), torch.arange(20, 24)
+    rows = [{"input_ids": ids, "labels": ids, "key": ids > 0} for ids in (first, second, first[:3])]
+    batch = token_rows.TokenRows(token_rows.pack(rows, 11), 2)[torch.tensor([0, 1])]
+    found = lm(batch["input_ids"], None, batch["attention_mask"])
+    torch.testing.assert_close(found[0, :6], lm(first[None])[0])
+    torch.testing.assert_close(found[0, 6:], lm(second[None])[0])
+    torch.testing.assert_close(found[1, :3], lm(first[None, :3])[0])
+
+
+def test_positions_start_anew_with_each_document() -> None:
+    documents = torch.tensor([[1, 1, 1, 2, 2, 0, 0], [1, 2, 3, 3, 3, 3, 4]])
+    expected = [[0, 1, 2, 0, 1, 0, 1], [0, 0, 0, 1, 2, 3, 0]]
+    assert pretrained_lm.positions_in_documents(documents).tolist() == expected
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_shared_prefix_changes_no_logit_and_no_gradient(checkpointed: bool, masked: bool) -> None:
+    found: list[Any] = []
+    ids = torch.arange(18).view(3, 6)
+    batch = {"input_ids": ids, "labels": ids}
+    if masked:
+        batch["attention_mask"] = torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [1, 1, 2, 2, 2, 3]])
+        batch["labels"] = ids.where(batch["attention_mask"] > 0, -100)
+    for shared in (False, True):
+        lm = small_lm(gradient_checkpointing=checkpointed, lora_dropout=0.0)
+        torch.manual_seed(1)
+        for parameter in lm.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+        policy, generator = NoisePolicy((1, 2), (0.5, 0.5)), torch.Generator().manual_seed(1)
+        add = partial(noisefit.layer_noise, variant="v1")
+        layers = dict(enumerate(lm.decoder_layers))
+        logits = pass_logits(lm, layers, batch, (1, 2), policy, add, generator, share_prefix=shared)
+        (logits[0].square().mean() + (logits[1] - logits[2]).square().mean()).backward()
+        found.append((torch.stack(logits).detach(), [p.grad for p in lm.parameters() if p.requires_grad]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+
+
+def test_adapters_are_in_the_layers_named() -> None:
+    trained = {name for name, p in small_lm(lora_layers=[1]).named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 2
+    assert all(".layers.1." in name for name in trained)
+
+
+def test_dropout_is_that_of_attention_too() -> None:
+    lm = small_lm(dropout=0.3, lora_dropout=0.1)
+    assert {layer.self_attn.attention_dropout for layer in lm.decoder_layers} == {0.3}
+    ids = torch.arange(6)[None]
+    assert not torch.equal(lm.train()(ids), lm(ids))
+    assert torch.equal(lm.eval()(ids), lm(ids))
+
+
 def test_padding_changes_nothing() -> None:
     lm, ids = small_lm().eval(), torch.arange(6)[None]
     padded, mask = torch.cat([ids, torch.full((1, 3), 2)], 1), torch.tensor([[1] * 6 + [0] * 3])
@@ -172,12 +230,17 @@ class Rows(prompt_answers.PromptAnswers):
         super().setup(stage)
 
 
-def fit(tmp_path: Path, observers: Sequence[Any] = (), **options: Any) -> Any:
+@pytest.fixture(autouse=True)
+def _in_a_cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def fit(tmp_path: Path, observers: Sequence[Any] = (), batching: Any = "shuffled", **options: Any) -> Any:
     L.seed_everything(3)
     path = str(write(tmp_path / "rows.csv", ROWS))
-    data = Rows(path, path, str(tmp_path / "tokenizer"), form="chat", batch_size=2)
+    data = Rows(path, path, str(tmp_path / "tokenizer"), form="chat", batch_size=2, batching=batching)
     optimizer = lambda parameters: torch.optim.AdamW(parameters, lr=0.01)  # noqa: E731
-    module = noisefit.NoiseFiT(small_lm, optimizer, probe_draws=1, **options)
+    module = noisefit.NoiseFiT(**{"lm": small_lm, "optimizer": optimizer, "probe_draws": 1, **options})
     trainer = L.Trainer(
         max_epochs=2,
         accelerator="cpu",
@@ -207,6 +270,8 @@ def test_answers_are_those_of_greedy_decoding(tmp_path: Path) -> None:
     with (tmp_path / "answers.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["prompt"], row["reference"]) for row in rows] == ROWS
+    right = [answer_samples.contains_key_words(*pair, row["answer0"]) for pair, row in zip(ROWS, rows, strict=True)]
+    assert json.loads((tmp_path / "answers.json").read_text())["right"] == sum(right) / 2
     for (prompt, _), row in zip(ROWS, rows, strict=True):
         ids = torch.tensor(tokenizer()(f"user : {prompt} <end> assistant :")["input_ids"])
         for _ in range(3):
@@ -246,13 +311,109 @@ def test_basefit_is_a_plain_loop_of_transformers_and_peft(tmp_path: Path) -> Non
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_packed_rows_give_the_gradient_of_the_same_rows_alone(tmp_path: Path) -> None:
+    """Both documents in one row, against one row each: one batch an epoch in either case."""
+    options = {"loss_mode": "basefit", "lm": partial(small_lm, lora_dropout=0.0)}
+    alone, packed = (fit(tmp_path, batching=batching, **options) for batching in ("shuffled", "packed"))
+    for ours, expected in zip(packed.lm.parameters(), alone.lm.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_tokens_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit(tmp_path)
+    monkeypatch.setattr(prompt_answers, "tokenize", lambda *_: pytest.fail("tokenised anew"))
+    fit(tmp_path, batching="bucketed")
+
+
+def test_an_answer_is_right_with_every_word_that_the_prompt_lacks() -> None:
+    judge = partial(answer_samples.contains_key_words, "Who wrote Dune?", "Frank Herbert wrote Dune.")
+    assert judge("It was frank HERBERT.")
+    assert not judge("Frank wrote Dune.")
+
+
 def _order(epoch: int) -> torch.Tensor:
     order = prompt_answers.BatchOrder(2, 2, True)
     order.set_epoch(epoch)
     return next(iter(order))
 
 
+# paper scale
+
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "meta-llama/Llama-3.2-1B": (
+        "llama",
+        {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
+        | {"num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True},
+    ),
+    "meta-llama/Llama-3.2-3B": (
+        "llama",
+        {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24}
+        | {"num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True},
+    ),
+    "meta-llama/Llama-2-7b-hf": (
+        "llama",
+        {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+        | {"num_key_value_heads": 32, "vocab_size": 32000, "tie_word_embeddings": False},
+    ),
+    "mistralai/Mistral-7B-v0.1": (
+        "mistral",
+        {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+        | {"num_key_value_heads": 8, "vocab_size": 32000, "tie_word_embeddings": False},
+    ),
+    "Qwen/Qwen1.5-0.5B": (
+        "qwen2",
+        {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 16}
+        | {"num_key_value_heads": 16, "vocab_size": 151936, "tie_word_embeddings": True},
+    ),
+    "google/gemma-3-1b-pt": (
+        "gemma3_text",
+        {"hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26, "num_attention_heads": 4}
+        | {"num_key_value_heads": 1, "head_dim": 256, "vocab_size": 262144, "tie_word_embeddings": True},
+    ),
+}
+"""Architectures of the hub's config.json files."""
+PAPER = [
+    path for path in recipes.recipe_files("noisefit") if path.name.startswith(("llama", "mistral", "qwen", "gemma"))
+]
+
+
+@pytest.mark.parametrize("path", PAPER, ids=recipes.recipe_name)
+def test_paper_recipes_make_their_nets(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device: the base model has the parameters that the header states, LoRA sits in every layer."""
+
+    def blank(source: str, dtype: torch.dtype) -> Any:
+        kind, settings = CONFIGS[source]
+        return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **settings))
+
+    monkeypatch.setattr(pretrained_lm, "load_causal_lm", blank)
+    settings: dict[str, Any] = {}
+    for document in recipes.expand(path):
+        settings |= document.get("model", {}).get("init_args", {}).get("lm", {}).get("init_args", {})
+    with torch.device("meta"):
+        lm = PretrainedLM(**settings)
+    base = sum(p.numel() for name, p in lm.named_parameters() if "lora_" not in name)
+    assert f"{base:,} parameters" in recipes.header(path)[4]
+    assert sum(p.requires_grad for p in lm.parameters()) == 4 * len(lm.decoder_layers)
+
+
 # bad input
+
+
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,response\n")
+    with pytest.raises(ValueError, match="has no rows"):
+        prompt_answers.read_rows(str(path), "prompt", "response", "train")
+
+
+def test_a_dropout_outside_its_range_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"lm.dropout must be in \[0, 1\), got 1.5"):
+        small_lm(dropout=1.5)
+
+
+def test_a_missing_gguf_file_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"lm.source: no file nowhere.gguf"):
+        PretrainedLM("nowhere.gguf")
 
 
 def test_a_tokenizer_without_a_template_is_refused() -> None:

@@ -26,7 +26,7 @@ COUNTS = {
     "elr": 68,
     "immiscible": 12,
     "local_complexity": 13,
-    "noisefit": 28,
+    "noisefit": 54,
     "prior": 1,
     "rich_lazy": 5,
     "spectral_entropy": 39,

@@ -1,6 +1,6 @@
 """Reading and rewriting the outputs of decoder layers, whatever kind of output they have."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -52,4 +52,29 @@ def rewriting(layers: Mapping[int, nn.Module], change: Callable[[int, Tensor], T
     with ExitStack() as stack:
         for number, layer in layers.items():
             stack.callback(layer.register_forward_hook(hook(number)).remove)
+        yield
+
+
+@contextmanager
+def widening(layers: Iterable[nn.Module], batch_size: int, times: int) -> Iterator[None]:
+    """Within the block the layers' inputs beside the hidden state fit a batch repeated `times` on its way.
+
+    These are masks and positions: tensors (B, ...) of two or more axes are repeated, with B = 1 they broadcast.
+    """
+
+    def widen(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(widen(part) for part in value)
+        if batch_size > 1 and isinstance(value, Tensor) and value.ndim > 1 and len(value) == batch_size:
+            return value.repeat(times, *[1] * (value.ndim - 1))
+        return value
+
+    def hook(module: nn.Module, inputs: Any, named: dict[str, Any]) -> Any:
+        # transformers and our own nets give the hidden state first and by position
+        hidden, *others = inputs
+        return (hidden, *(widen(value) for value in others)), {name: widen(value) for name, value in named.items()}
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield

@@ -2,12 +2,13 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_modules.language.hooks import rewriting
+from lightning_modules.language.hooks import rewriting, widening
 from lightning_modules.language.noise_policy import NoisePolicy
 
 IGNORED = -100
@@ -36,36 +37,46 @@ def pass_logits(
     add_noise: AddNoise | None = None,
     generator: torch.Generator | None = None,
     keep: Tensor | None = None,
+    share_prefix: bool = False,
 ) -> list[Tensor]:
     """Logits (n, V) float32 of each pass, clean ones first; all passes run as one batch.
 
     Args:
         lm: (input_ids, keep, attention_mask) -> logits at the positions kept.
         layers: its decoder layers by number.
-        batch: `input_ids` and `labels` (B, T) int64; `attention_mask` where padding is not on the right.
+        batch: `input_ids` and `labels` (B, T) int64; `attention_mask` (B, T) int64 where padding is not on the right
+            or a row holds several documents, see the language model.
         counts: clean passes, noisy passes.
         policy: where the noisy passes get noise, and how much.
         add_noise: applied to each noisy pass alone, so that statistics are those of a pass.
         generator: of the draws.
         keep: (B, T) bool; None keeps the positions before a label.
+        share_prefix: what lies below the first noisy layer's noise is computed once for all passes (official option of
+            v2); equal but for dropout, of which the passes there share one draw.
     """
     clean, passes = counts[0], sum(counts)
     keep = shifted(batch["labels"] != IGNORED) if keep is None else keep
     scales = dict(zip(policy.layers, policy.scales, strict=True)) if counts[1] and add_noise is not None else {}
+    first = min(scales) if share_prefix and scales else None
 
     def change(layer: int, hidden: Tensor) -> Tensor | None:
         if add_noise is None:
             return None
-        parts = list(hidden.chunk(passes))
+        parts = [hidden] * passes if layer == first else list(hidden.chunk(passes))
         for number in range(clean, passes):
             eps = torch.randn(parts[number].shape, generator=generator, device=hidden.device).to(hidden.dtype)
             parts[number] = add_noise(parts[number], eps, scales[layer])
         return torch.cat(parts)
 
     mask = batch.get("attention_mask")
-    repeated = [None if part is None else part.repeat(passes, 1) for part in (batch["input_ids"], keep, mask)]
-    with rewriting({layer: layers[layer] for layer in scales}, change):
-        logits = lm(*repeated)
+    times = passes if first is None else 1
+    input_ids, mask = (None if part is None else part.repeat(times, 1) for part in (batch["input_ids"], mask))
+    with ExitStack() as stack:
+        stack.enter_context(rewriting({layer: layers[layer] for layer in scales}, change))
+        if first is not None:
+            tail = [layers[layer] for layer in layers if layer > first]
+            stack.enter_context(widening(tail, len(batch["input_ids"]), passes))
+        logits = lm(input_ids, keep.repeat(passes, 1), mask)
     return list(logits.float().chunk(passes))
 
 
