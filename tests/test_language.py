@@ -377,22 +377,32 @@ PAPER = [
 ]
 
 
-@pytest.mark.parametrize("path", PAPER, ids=recipes.recipe_name)
-def test_paper_recipes_make_their_nets(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the meta device: the base model has the parameters that the header states, LoRA sits in every layer."""
+def lm_settings(path: Path) -> dict[str, Any]:
+    """Arguments of a recipe's language model."""
+    settings: dict[str, Any] = {}
+    for document in recipes.expand(path):
+        settings |= document.get("model", {}).get("init_args", {}).get("lm", {}).get("init_args", {})
+    return settings
+
+
+def test_every_paper_recipe_names_a_known_model() -> None:
+    assert {lm_settings(path)["source"] for path in PAPER} == set(CONFIGS)
+
+
+@pytest.mark.parametrize("source", CONFIGS)
+def test_paper_recipes_make_their_nets(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device: the base model has the parameters that the headers state, LoRA sits in every layer."""
 
     def blank(source: str, dtype: torch.dtype) -> Any:
         kind, settings = CONFIGS[source]
         return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **settings))
 
     monkeypatch.setattr(pretrained_lm, "load_causal_lm", blank)
-    settings: dict[str, Any] = {}
-    for document in recipes.expand(path):
-        settings |= document.get("model", {}).get("init_args", {}).get("lm", {}).get("init_args", {})
+    paths = [path for path in PAPER if lm_settings(path)["source"] == source]
     with torch.device("meta"):
-        lm = PretrainedLM(**settings)
+        lm = PretrainedLM(**lm_settings(paths[0]))
     base = sum(p.numel() for name, p in lm.named_parameters() if "lora_" not in name)
-    assert f"{base:,} parameters" in recipes.header(path)[4]
+    assert all(f"{base:,} parameters" in recipes.header(path)[4] for path in paths)
     assert sum(p.requires_grad for p in lm.parameters()) == 4 * len(lm.decoder_layers)
 
 

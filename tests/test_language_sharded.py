@@ -16,6 +16,7 @@ from lightning_modules import noisefit
 from lightning_modules.networks.pretrained_lm import PretrainedLM
 
 pytest.importorskip("transformers", reason="pip install 'noisebench[llm]'")
+safetensors = pytest.importorskip("safetensors.torch", reason="pip install 'noisebench[llm]'")
 peft = pytest.importorskip("peft", reason="pip install 'noisebench[llm]'")
 
 SMALL = {"vocab_size": 78, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
@@ -57,13 +58,10 @@ def _two_ranks(folder: Path) -> None:
         kinds = {type(p).__name__ for p in module.lm.parameters()}
         if torch.distributed.get_rank() == 0:
             torch.save({"metrics": metrics, "kinds": sorted(kinds)}, place / "found.pt")
-    module, metrics = fit(
-        folder / "mixed", MIXED, {"devices": 2, "strategy": "fsdp2", "precision": "bf16-mixed"}, loss_mode="full"
-    )
+    options = {"devices": 2, "strategy": "fsdp2", "precision": "bf16-mixed"}
+    module, _ = fit(folder / "mixed", MIXED, options, loss_mode="full")
     if torch.distributed.get_rank() == 0:
-        torch.save(
-            {"metrics": metrics, "dtypes": sorted({str(p.dtype) for p in module.lm.parameters()})}, folder / "mixed.pt"
-        )
+        torch.save(sorted({str(p.dtype) for p in module.lm.parameters()}), folder / "mixed.pt")
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +86,11 @@ def test_sharded_adapter_and_metrics_are_those_of_one_process(two_ranks: Path, t
 
 @pytest.mark.distributed
 def test_float32_adapters_of_a_sharded_bf16_model_learn(two_ranks: Path) -> None:
-    found = torch.load(two_ranks / "mixed.pt")
-    assert found["dtypes"] == ["torch.bfloat16", "torch.float32"]
-    assert found["metrics"]["train/loss"] < 4.2 / 2
+    assert torch.load(two_ranks / "mixed.pt") == ["torch.bfloat16", "torch.float32"]
+    weights = safetensors.load_file(two_ranks / "mixed" / "adapter" / "adapter_model.safetensors")
+    second = [value for name, value in weights.items() if "lora_B" in name]
+    assert len(second) == 2 * 3
+    assert all(value.dtype == torch.float32 and float(value.abs().min(-1).values.max()) > 0 for value in second)
 
 
 if __name__ == "__main__":
