@@ -26,6 +26,7 @@ COUNTS = {
     "elr": 68,
     "immiscible": 12,
     "local_complexity": 13,
+    "nm_sparsity": 58,
     "prior": 1,
     "rich_lazy": 5,
     "spectral_entropy": 39,
