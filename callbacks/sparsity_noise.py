@@ -17,20 +17,30 @@ def flip_rate(before: Tensor, after: Tensor) -> float:
     return float((before != after).sum() / (2 * after.sum()))
 
 
+def pruned_share(gradient: Tensor, mask: Tensor) -> Tensor:
+    """Share of the squared gradient that falls outside a bool mask of its shape, 0-d; 0 of a gradient that is 0."""
+    squared = gradient.square()
+    return (squared * ~mask).sum() / squared.sum().clamp_min(torch.finfo(squared.dtype).tiny)
+
+
 class SparsityNoise(Callback):
     """Logs once an epoch, of its last step, means over the sparse layers of any module that has some.
 
-    `noise/grad_var` variance over the entries of the gradient of the dense weight, before clipping; `noise/grad_l2` its
-    norm; `noise/adam_v_var` variance over the entries of Adam's second moment, and its `_log10`; `noise/weight_std`
-    standard deviation of the dense weight; `noise/flip_rate` share of the final pattern's kept weights that changed
-    since the epoch before.
+    `noise/grad_var` variance over the entries of the gradient of the dense weight, before clipping; `noise/grad_l2` and
+    `noise/grad_linf` its norm and largest entry; `noise/pruned_share` the share of its square that falls on weights
+    outside the final pattern; `noise/adam_v_var` variance over the entries of Adam's second moment, and its `_log10`;
+    `noise/step_l2` and `noise/step_linf` of the change of the weight; `noise/weight_std` standard deviation of the
+    dense weight; `noise/sparse_l2` norm of those of the final pattern; `noise/flip_rate` share of the final pattern's
+    kept weights that changed since the epoch before.
 
-    Source: arXiv 2402.04744, statistics of the study of gradients in the official code's history.
+    Source: arXiv 2402.04744, statistics of the study of gradients in the official code's history; `pruned_share` is
+    ours.
     """
 
     def __init__(self) -> None:
         self.masks: dict[str, Tensor] = {}
         self._gradient: dict[str, float] = {}
+        self._before: dict[str, Tensor] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Names a module that has nothing to observe."""
@@ -42,26 +52,40 @@ class SparsityNoise(Callback):
         self.masks = self.masks or _masks(pl_module)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Looks at the gradients of the epoch's last step."""
-        if trainer.is_last_batch:
-            gradients = [_full(w.grad) for w in _weights(pl_module).values() if w.grad is not None]
-            self._gradient = {
-                "noise/grad_var": _mean([g.var() for g in gradients]),
-                "noise/grad_l2": _mean([g.norm() for g in gradients]),
-            }
+        """Looks at weights and gradients before the epoch's last step."""
+        if not trainer.is_last_batch:
+            return
+        weights, masks = _weights(pl_module), _masks(pl_module)
+        gradients = {name: _full(weight.grad) for name, weight in weights.items() if weight.grad is not None}
+        self._before = {name: _full(weight).clone() for name, weight in weights.items()}
+        self._gradient = {
+            "noise/grad_var": _mean([g.var() for g in gradients.values()]),
+            "noise/grad_l2": _mean([g.norm() for g in gradients.values()]),
+            "noise/grad_linf": _mean([g.abs().max() for g in gradients.values()]),
+            "noise/pruned_share": _mean([pruned_share(g, masks[name]) for name, g in gradients.items()]),
+        }
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Logs."""
         weights, masks = _weights(pl_module), _masks(pl_module)
+        after = {name: _full(weight) for name, weight in weights.items()}
+        values = {
+            **self._gradient,
+            "noise/weight_std": _mean([weight.std() for weight in after.values()]),
+            "noise/sparse_l2": _mean([weight[masks[name]].norm() for name, weight in after.items()]),
+        }
+        if self._before:
+            steps = [after[name] - before for name, before in self._before.items()]
+            values["noise/step_l2"] = _mean([step.norm() for step in steps])
+            values["noise/step_linf"] = _mean([step.abs().max() for step in steps])
         state: Any = trainer.optimizers[0].state
-        values = {**self._gradient, "noise/weight_std": _mean([_full(w).std() for w in weights.values()])}
         moments = [_full(state[w]["exp_avg_sq"]).var() for w in weights.values() if "exp_avg_sq" in state[w]]
         if moments:
             values["noise/adam_v_var"] = _mean(moments)
             values["noise/adam_v_var_log10"] = float(torch.stack(moments).mean().log10())
         rates = [flip_rate(self.masks[name].to(mask.device), mask) for name, mask in masks.items()]
         values["noise/flip_rate"] = sum(rates) / len(rates)
-        self.masks = masks
+        self.masks, self._before = masks, {}
         pl_module.log_dict(values)
 
     def state_dict(self) -> dict[str, Any]:

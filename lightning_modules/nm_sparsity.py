@@ -362,6 +362,10 @@ class NMSparsity(L.LightningModule):
         """Logs accuracy and cross entropy of all."""
         self.metrics.log(self)
 
+    def on_test_start(self) -> None:
+        """The final weights, whatever ran before."""
+        self.apply_phase(self.final)
+
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Test set, final weights."""
         self.metrics.update(1, self(batch["image"]), batch["label"])

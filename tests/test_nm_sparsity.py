@@ -18,7 +18,7 @@ from two_processes import run_two
 from callbacks.ema import Ema
 from callbacks.rng import RngState
 from callbacks.sparse_export import SparseExport
-from callbacks.sparsity_noise import SparsityNoise, flip_rate
+from callbacks.sparsity_noise import SparsityNoise, flip_rate, pruned_share
 from datamodules.images import ImageData
 from datamodules.photo_folders import ImageNet
 from lightning_modules import nm_sparsity
@@ -132,7 +132,7 @@ def test_40_steps_equal_the_official_trajectory(name: str, optimizer: str) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (3, 8), (4, 16), (2, 32), (5, 5)])
+@pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (3, 8), (4, 16), (2, 32), (4, 32), (5, 5)])
 def test_of_equal_magnitudes_the_first_are_kept(n: int, m: int, dtype: torch.dtype) -> None:
     """Whole numbers between -2 and 2 make ties in all groups, of zeros too; a stable sort says who is first."""
     weight = torch.randint(-2, 3, (16, 160), generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -202,6 +202,28 @@ def test_equal_flops_give_a_run_that_costs_no_more() -> None:
 def test_flip_rate_is_the_share_of_kept_weights_that_moved() -> None:
     before, after = torch.tensor([1, 0, 0, 1]).bool(), torch.tensor([0, 1, 0, 1]).bool()
     assert flip_rate(before, after) == 0.5
+
+
+def test_pruned_share_is_that_of_the_squared_gradient_outside_the_mask() -> None:
+    """1 + 4 of 1 + 4 + 9."""
+    share = pruned_share(torch.tensor([1.0, -2.0, 3.0]), torch.tensor([False, False, True]))
+    assert float(share) == pytest.approx(5 / 14)
+    assert float(pruned_share(torch.zeros(3), torch.zeros(3).bool())) == 0
+
+
+@pytest.mark.parametrize(("method", "steps"), [("mdgf_exp", 440), ("mdgf_linear", 640)])
+def test_recipes_of_equal_flops_are_as_long_as_800_steps_of_srste_allow(method: Any, steps: int) -> None:
+    """The share is that of mini-srste's net; whole epochs of a tenth."""
+    options: dict[str, Any] = {"img_size": 28, "patch_size": 14, "in_chans": 1, "embed_dim": 64, "depth": 2}
+    options |= {"num_heads": 4, "class_token": False, "global_pool": "avg", "fc_norm": False}
+    with torch.device("meta"):
+        net = TimmNet("vit_tiny_patch16_224", 10, options=options)
+    layers = [f"net.blocks.{block}.{name}" for block in (0, 1) for name in ("mlp.fc1", "mlp.fc2", "attn.qkv")]
+    total, sparse = nm_sparsity.forward_macs(net, layers, torch.zeros(1, 1, 28, 28, device="meta"))
+    control = Schedule("srste", 1, 64, 800, 40, 160)
+    budget = nm_sparsity.training_cost(control, sparse / total, range(800))
+    ours = Schedule(method, 1, 64, 800, 40, 160, decay_rate=8.0 if method == "mdgf_exp" else 3.3333)
+    assert nm_sparsity.iso_flop_steps(budget, ours, sparse / total) // 10 * 10 == steps
 
 
 def test_mixup_is_with_the_reversed_batch() -> None:
@@ -425,6 +447,19 @@ def test_headline_is_with_the_final_mask_and_soft_with_the_current_weights() -> 
         ema.swap_out(model, kept)
         assert found[f"test/loss{suffix}"] == pytest.approx(float(loss), rel=1e-5)
     assert found["test/loss"] != pytest.approx(found["test/loss_soft"], rel=1e-3)
+
+
+def test_test_set_meets_the_final_mask_whatever_the_last_step_had() -> None:
+    """Without validation the weights of the last step would still be soft."""
+    model = module("mdgf_exp", fine_tune_frac=0.0, decay_rate=0.5)
+    trainer = fit(model, limit_train_batches=1, limit_val_batches=0)
+    trainer.callbacks = []
+    trainer.test(model, datamodule=trainer.datamodule, verbose=False)  # type: ignore[attr-defined]
+    image, label = evaluated(trainer)
+    model.apply_phase(Phase(1, 8))
+    with torch.no_grad():
+        loss = F.cross_entropy(model.eval()(image), label)
+    assert metrics_of(trainer)["test/loss"] == pytest.approx(float(loss), rel=1e-5)
 
 
 def evaluated(trainer: L.Trainer) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ COUNTS = {
     "elr": 68,
     "immiscible": 12,
     "local_complexity": 13,
-    "nm_sparsity": 58,
+    "nm_sparsity": 79,
     "prior": 1,
     "rich_lazy": 5,
     "spectral_entropy": 39,
@@ -143,7 +143,7 @@ def _heavy(path: Path) -> bool:
     return (
         "photo_folders" in source
         or "cifar100" in path.name
-        or any(net in str(merged(path)["model"]) for net in ("resized", "NarrowPreAct"))
+        or any(net in str(merged(path)["model"]) for net in ("resized", "NarrowPreAct", "ByteT5"))
     )
 
 

@@ -19,6 +19,8 @@ Axis = Literal["row", "col"]
 Gradient = Literal["ste", "masked"]
 MAX_PAIRWISE = 8
 """Largest M whose ranks are counted by comparing all pairs; above it a selection is faster."""
+MAX_ROUNDS = 4
+"""Largest N of few in a large group that are found one after the other: half of the time of a selection."""
 
 
 def nm_mask(weight: Tensor, n: int, m: int, axis: Axis = "row") -> Tensor:
@@ -88,11 +90,20 @@ def _keep(magnitude: Tensor, n: int, m: int) -> Tensor:
     if magnitude.device.type == "cpu" and not torch.compiler.is_compiling():
         # two to three times as fast as a scatter of positions; right unless there are ties, which a GPU would have to
         # wait for
-        top = magnitude.amax(1, keepdim=True) if n == 1 else magnitude.topk(n, dim=1, sorted=False).values
-        kept = magnitude >= top.amin(1, keepdim=True)
+        kept = magnitude >= _threshold(magnitude, n, m)
         if int(kept.count_nonzero()) == n * len(magnitude):
             return kept
     return _keep_by_position(magnitude, n, m)
+
+
+def _threshold(magnitude: Tensor, n: int, m: int) -> Tensor:
+    """(G, 1): the N-th largest of each group; less where there are ties, so that more than N reach it."""
+    if n > 1 and (n > MAX_ROUNDS or 8 * n > m):
+        return magnitude.topk(n, dim=1, sorted=False).values.amin(1, keepdim=True)
+    top = magnitude.amax(1, keepdim=True)
+    for _ in range(n - 1):
+        top = magnitude.masked_fill(magnitude >= top, -1.0).amax(1, keepdim=True)
+    return top
 
 
 def _keep_by_rank(magnitude: Tensor, n: int, m: int) -> Tensor:
