@@ -1,5 +1,7 @@
 """Text as bytes and the language models on it."""
 
+import copy
+import math
 from pathlib import Path
 
 import lightning as L
@@ -81,6 +83,7 @@ def test_decoder_of_t5_tells_the_last_places_from_the_first() -> None:
 
     options = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
     net = ByteT5(predict=3, options=options).eval()
+    meta = copy.deepcopy(net).to("meta")
     assert list(sparsify(net, ["*.DenseReluDense.w?"], 1, 8)) == [
         f"net.{part}.block.0.layer.{number}.DenseReluDense.{name}"
         for part, number in (("encoder", 1), ("decoder", 2))
@@ -93,6 +96,10 @@ def test_decoder_of_t5_tells_the_last_places_from_the_first() -> None:
     later[0, 7], encoded[0, 0] = 99, 99
     assert torch.equal(net(later)[:2], logits[:2])
     assert not torch.equal(net(encoded)[0], logits[0])
+    counted = [f"net.encoder.block.0.layer.1.DenseReluDense.{name}" for name in ("wi", "wo")]
+    total, sparse = forward_macs(meta, counted, codes.to("meta"))
+    assert sparse == 2 * 5 * 16 * 32
+    assert total > 2 * sparse
     with pytest.raises(ValueError, match=r"net.predict 3 leaves none of 3 bytes for the encoder"):
         net(codes[:, :3])
 
@@ -115,4 +122,5 @@ def test_language_model_trains_and_counts_its_multiply_adds(tmp_path: Path) -> N
     assert model.forward_share == pytest.approx(sparse / total)
     meta = torch.zeros(1, places, dtype=torch.long, device="meta")
     assert forward_macs(model._shapes[0], [], meta)[0] == places * total
-    assert float(trainer.callback_metrics["train/loss"]) < 5.6
+    # chance
+    assert float(trainer.callback_metrics["train/loss"]) < math.log(256)
