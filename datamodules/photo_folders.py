@@ -1,4 +1,4 @@
-"""Data sets of photo files, decoded when a batch asks for them: Clothing1M and WebVision."""
+"""Data sets of photo files, decoded when a batch asks for them: Clothing1M, WebVision and ImageNet."""
 
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from datamodules.sources import ImageSets, ImageSource, explained, fit_picture
 
 CLOTHING1M = "Clothing1M comes from its authors on request: https://github.com/Cysu/noisy_label"
+IMAGENET = "ImageNet-1k (ILSVRC12) is at https://image-net.org, after registration"
 WEBVISION = "WebVision 1.0 is at https://data.vision.ee.ethz.ch/cvl/webvision/dataset2017.html"
 
 
@@ -92,6 +93,31 @@ class WebVision(ImageSource):
             rows = [line.split() for line in (root / name).read_text().splitlines()]
             kept = [(root / folder / path, int(label)) for path, label in rows if int(label) < self.num_classes]
         return [path for path, _ in kept], torch.tensor([label for _, label in kept])
+
+
+class ImageNet(ImageSource):
+    """ImageNet-1k: 1.28M training pictures; tested on its 50,000 validation pictures.
+
+    Args:
+        root: folder with `train/<class>/*` and `val/<class>/*`; classes are numbered in the order of their names.
+        size: pictures are resized to this many pixels.
+    """
+
+    def __init__(self, root: str, size: int = 256) -> None:
+        self.root = root
+        self.size = size
+
+    def read(self) -> ImageSets:
+        """As in `ImageSource`; pictures are decoded on demand."""
+        train, test = (self._list(Path(self.root) / part) for part in ("train", "val"))
+        classes = int(train[1].max()) + 1
+        return _file_sets(train, test, None, classes, self.size)
+
+    def _list(self, folder: Path) -> tuple[list[Path], Tensor]:
+        with explained(folder, f"a folder of pictures for each class; {IMAGENET}"):
+            names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+            files = [(file, k) for k, name in enumerate(names) for file in sorted((folder / name).iterdir())]
+            return [path for path, _ in files], torch.tensor([label for _, label in files])
 
 
 def _read_picture(path: str, size: int) -> Tensor:

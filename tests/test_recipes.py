@@ -27,6 +27,7 @@ COUNTS = {
     "immiscible": 12,
     "local_complexity": 13,
     "noisefit": 54,
+    "nm_sparsity": 79,
     "prior": 1,
     "rich_lazy": 5,
     "spectral_entropy": 40,
@@ -143,7 +144,7 @@ def _heavy(path: Path) -> bool:
     return (
         "photo_folders" in source
         or "cifar100" in path.name
-        or any(net in str(merged(path)["model"]) for net in ("resized", "NarrowPreAct"))
+        or any(net in str(merged(path)["model"]) for net in ("resized", "NarrowPreAct", "ByteT5"))
     )
 
 
