@@ -28,7 +28,7 @@ COUNTS = {
     "local_complexity": 13,
     "prior": 1,
     "rich_lazy": 5,
-    "spectral_entropy": 39,
+    "spectral_entropy": 40,
     "subgm": 6,
     "unsup_pretraining": 4,
     "virgo": 6,
