@@ -16,6 +16,9 @@ MODULES = {
     "plot": "scripts.plot",
     "plan": "scripts.plan",
     "consolidate": "scripts.consolidate",
+    "encode-latents": "scripts.encode_latents",
+    "prior": "scripts.prior",
+    "effect-map": "scripts.effect_map",
 }
 
 HELP = """usage: noisebench VERB ...
@@ -34,6 +37,9 @@ Train and check papers on noise in deep learning.
   plot     RUN ...                 learning curves of runs as PNG or SVG
   plan RECIPE --gpus N --memory M  memory of a recipe on one device, under DDP and FSDP2
   consolidate CKPT_FOLDER          one file of a sharded checkpoint
+  prior RECIPE                     checkpoint of a frozen prior, trained on first need
+  effect-map PAPER                 one page: its effect over process, sampling steps and batch
+  encode-latents --images FOLDER   shards of VAE latents for the large diffusion recipes
 
 examples:
   noisebench reproduce elr

@@ -60,13 +60,13 @@ def test_likelihood_is_near_the_exact_normal_one() -> None:
     low = torch.where(data < -0.999, 0.0, exact(data - 1 / 255))
     high = torch.where(data > 0.999, 1.0, exact(data + 1 / 255))
     found = discretized_log_likelihood(data, torch.full_like(data, mean), torch.full_like(data, math.log(scale)))
-    # the official tanh approximation of the distribution function is good to 3e-4
-    torch.testing.assert_close(found.exp(), high - low, rtol=0.02, atol=0)
+    # the official tanh approximation of the distribution function is good to 2e-4, which a tail's whole mass feels
+    torch.testing.assert_close(found.exp(), high - low, rtol=0.02, atol=2e-4)
 
 
 def test_bound_is_the_official_formula_written_out() -> None:
     """Tables and coefficients in the official code's own notation (`GaussianDiffusion.__init__`, `_vb_terms_bpd`)."""
-    process, time = DDPMLinear(20), torch.tensor([0, 1, 7, 19])
+    process, time = DDPMLinear(100), torch.tensor([0, 1, 7, 19])
     made, data = prediction(process, time)
     betas = process.betas
     bar = (1 - betas).cumprod(0)
@@ -87,7 +87,7 @@ def test_bound_is_the_official_formula_written_out() -> None:
         + (true_mean - mean) ** 2 * (-log_variance).exp()
     )  # fmt: skip
     likelihood = discretized_log_likelihood(data, mean, 0.5 * log_variance)
-    expected = torch.where(at(torch.arange(20)) == 0, -likelihood, kl).flatten(1).mean(1) / math.log(2)
+    expected = torch.where(at(torch.arange(100)) == 0, -likelihood, kl).flatten(1).mean(1) / math.log(2)
     torch.testing.assert_close(variance_bound(process, made, data), expected, rtol=1e-8, atol=1e-10)
 
 
@@ -116,7 +116,7 @@ def test_ends_of_the_head_are_the_two_variances(spread: float, name: str) -> Non
 
 
 def test_exact_prediction_with_the_posteriors_variance_has_no_bound() -> None:
-    process, time = DDPMLinear(20), torch.tensor([1, 7, 19])
+    process, time = DDPMLinear(100), torch.tensor([1, 7, 19])
     data, noise = normal(3, 2, 3, 3).clamp(-1, 1), normal(3, 2, 3, 3, seed=1)
     x = process.marginal(data, noise, time)
     exact = Prediction("eps", noise, x, process, time, -torch.ones_like(noise))
@@ -159,7 +159,7 @@ def test_guidance_takes_the_variance_of_the_class() -> None:
 
 
 def test_bound_trains_the_head_alone() -> None:
-    process = DDPMLinear(20)
+    process = DDPMLinear(100)
     made, data = prediction(process, torch.tensor([0, 1, 7, 19]))
     variance_bound(process, made, data).sum().backward()
     assert made.output.grad is None
@@ -167,7 +167,7 @@ def test_bound_trains_the_head_alone() -> None:
 
 
 def test_gradient_of_the_head() -> None:
-    process, time = DDPMLinear(20), torch.tensor([0, 7])
+    process, time = DDPMLinear(100), torch.tensor([0, 7])
     made, data = prediction(process, time)
 
     def bound(spread: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ def test_loss_of_a_step_is_weighted_error_plus_bound() -> None:
     L.seed_everything(0)
     model = DiffusionModule(
         lambda: DiT((1, 16, 2), image_size=8, in_channels=1, num_classes=4),
-        DDPMLinear(20),
+        DDPMLinear(100),
         lambda parameters: torch.optim.SGD(parameters, lr=0.1),
         num_classes=4,
     )
