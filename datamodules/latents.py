@@ -91,7 +91,7 @@ def draw_latents(rows: Tensor, kind: Kind, scale: float, generator: torch.Genera
 class WholeBatches(BatchOrder):
     """Training order that leaves out the last, smaller batch of each epoch (official codes: `drop_last`)."""
 
-    def __init__(self, num_examples: int, batch_size: int, **place: int) -> None:
+    def __init__(self, num_examples: int, batch_size: int, **place: Any) -> None:
         whole = num_examples // batch_size * batch_size
         if not whole:
             raise ValueError(f"data.batch_size must be at most the {num_examples} rows of data.root, got {batch_size}")

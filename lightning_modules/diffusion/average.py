@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -32,7 +32,8 @@ class WeightAverage(nn.Module):
     def start(self, net: nn.Module) -> None:
         """Before training, when the weights are where they stay: a walk over all modules is too slow for each step."""
         pairs = [(a, c) for a, c in zip(self.module.parameters(), net.parameters(), strict=True) if c.requires_grad]
-        self._averages, self._weights = [a for a, _ in pairs], [c for _, c in pairs]
+        self._averages: list[Tensor] = [average for average, _ in pairs]
+        self._weights: list[Tensor] = [weight for _, weight in pairs]
         self._copied = [*zip(self.module.buffers(), net.buffers(), strict=True)]
 
     @torch.no_grad()

@@ -17,8 +17,8 @@ from lightning_modules.diffusion.learned_variance import variance_bound
 from lightning_modules.diffusion.parameterization import (
     Denoiser,
     Kind,
-    Prediction,
     Preconditioner,
+    Prediction,
     mean_square,
     target,
 )
