@@ -18,6 +18,9 @@ MODULES = {
     "consolidate": "scripts.consolidate",
     "lm-eval": "scripts.lm_eval",
     "push": "scripts.push",
+    "encode-latents": "scripts.encode_latents",
+    "prior": "scripts.prior",
+    "effect-map": "scripts.effect_map",
 }
 
 HELP = """usage: noisebench VERB ...
@@ -38,6 +41,9 @@ Train and check papers on noise in deep learning.
   consolidate CKPT_FOLDER          one file of a sharded checkpoint
   lm-eval  RUN --tasks TASK ...    benchmarks of lm-eval on a run's language model
   push     RUN --to OWNER/NAME     a run's adapter to the Hugging Face hub
+  prior RECIPE                     checkpoint of a frozen prior, trained on first need
+  effect-map PAPER                 one page: its effect over process, sampling steps and batch
+  encode-latents --images FOLDER   shards of VAE latents for the large diffusion recipes
 
 examples:
   noisebench reproduce elr

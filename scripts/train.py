@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
+from callbacks.epoch_sums import EpochSums
 from callbacks.nonfinite import StopOnNonFiniteLoss
 from callbacks.requeue import Requeue
 from callbacks.rng import RngState
@@ -229,7 +230,8 @@ class RecipeCLI(LightningCLI):
         else:
             savers = [c for c in trainer.callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None]
             checkpoints = self.folder / "checkpoints"
-            always = [RngState(), StopOnNonFiniteLoss(), Requeue(checkpoints), RunRecord(self.folder, facts)]
+            always = [RngState(), EpochSums(), StopOnNonFiniteLoss(), Requeue(checkpoints)]
+            always.append(RunRecord(self.folder, facts))
             last = LastCheckpoint(checkpoints)
             trainer.callbacks = [*others, *self.extra_callbacks, *always, *savers, last]
         return trainer

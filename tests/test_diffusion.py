@@ -150,7 +150,10 @@ def test_labels_move_with_their_images_under_transport() -> None:
     pictures_of_class = torch.arange(4).repeat(4)
     images = (pictures_of_class / 2.0 - 1)[:, None, None, None].expand(16, 1, 8, 8)
     seen = []
-    model._errors = lambda net, data, noise, time, label: seen.append((data, label)) or data.flatten(1).mean(1)
+    predict = model._predict
+    model._predict = lambda net, data, noise, time, label: (
+        seen.append((data, label)) or predict(net, data, noise, time, label)
+    )
     model.on_train_epoch_start()
     model.training_step({"image": images, "label": pictures_of_class}, 0)
     data, label = seen[0]
@@ -162,9 +165,9 @@ def test_runs_that_differ_in_the_coupling_see_the_same_draws() -> None:
     draws = []
     for coupling in (None, LinearAssignment()):
         model = module(coupling=coupling)
-        kept = model._errors
+        kept = model._predict
         seen: list[tuple[Tensor, ...]] = []
-        model._errors = lambda net, *rest, kept=kept, seen=seen: seen.append(rest) or kept(net, *rest)
+        model._predict = lambda net, *rest, kept=kept, seen=seen: seen.append(rest) or kept(net, *rest)
         fit(model, limit_train_batches=1, limit_val_batches=0)
         draws.append(seen[0])
     (data, noise, time, _), (other_data, other_noise, other_time, _) = draws
@@ -176,7 +179,7 @@ def test_runs_that_differ_in_the_coupling_see_the_same_draws() -> None:
 def test_average_follows_its_formula_over_a_run() -> None:
     model, weights = module(), []
     update = model.average.update
-    model.average.update = lambda net, count: (weights.append(net.last.bias.detach().clone()), update(net, count))
+    model.average.update = lambda count: (weights.append(model.net.last.bias.detach().clone()), update(count))
     fit(model, epochs=1, limit_val_batches=0)
     expected = weights[0]
     for count, weight in enumerate(weights[1:], start=1):
@@ -187,7 +190,7 @@ def test_average_follows_its_formula_over_a_run() -> None:
 
 def test_average_is_updated_once_per_optimizer_step_under_accumulation() -> None:
     model, counts = module(), []
-    model.average.update = lambda net, count: counts.append(count)
+    model.average.update = lambda count: counts.append(count)
     fit(model, accumulate_grad_batches=3, limit_val_batches=0)
     assert counts == [0, 1]
 
@@ -204,7 +207,7 @@ def test_average_copies_buffers_and_leaves_frozen_parameters() -> None:
         net[0].bias.add_(1.0)
         net[1].running_mean.add_(3.0)
     before = average.module[0].bias.clone()
-    average.update(net, 5)
+    average.update(5)
     assert torch.equal(average.module[0].bias, before)
     assert torch.equal(average.module[1].running_mean, net[1].running_mean)
 

@@ -63,7 +63,7 @@ def test_readme_names_only_verbs_and_recipes_that_exist() -> None:
     pages = [ROOT / "README.md", *recipes.ROOT.glob("*/README.md")]
     # code blocks only: the text speaks of noisebench too
     text = "\n".join("".join(page.read_text().split("```")[1::2]) for page in pages)
-    assert set(re.findall(r"^noisebench (\w+)", text, re.M)) <= {*MODULES, *LIGHTNING_VERBS}
+    assert set(re.findall(r"^noisebench ([\w-]+)", text, re.M)) <= {*MODULES, *LIGHTNING_VERBS}
     named = re.findall(r"--config (?:recipes/)?([\w-]+/[\w-]+)", text)
     assert named
     for name in named:

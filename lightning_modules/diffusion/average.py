@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -27,14 +27,20 @@ class WeightAverage(nn.Module):
             raise ValueError(f"model.ema_decay must be in [0, 1), got {decay}")
         self.decay = decay
         self.module = copy.deepcopy(net).requires_grad_(False)
+        self.start(net)
+
+    def start(self, net: nn.Module) -> None:
+        """Before training, when the weights are where they stay: a walk over all modules is too slow for each step."""
+        pairs = [(a, c) for a, c in zip(self.module.parameters(), net.parameters(), strict=True) if c.requires_grad]
+        self._averages: list[Tensor] = [average for average, _ in pairs]
+        self._weights: list[Tensor] = [weight for _, weight in pairs]
+        self._copied = [*zip(self.module.buffers(), net.buffers(), strict=True)]
 
     @torch.no_grad()
-    def update(self, net: nn.Module, updates: int) -> None:
+    def update(self, updates: int) -> None:
         """After an optimizer step; `updates` counts the earlier ones."""
-        pairs = zip(self.module.parameters(), net.parameters(), strict=True)
-        average, current = zip(*((a, c) for a, c in pairs if c.requires_grad), strict=True)
-        torch._foreach_lerp_(average, current, 1 - ema_decay(updates, self.decay))
-        for old, new in zip(self.module.buffers(), net.buffers(), strict=True):
+        torch._foreach_lerp_(self._averages, self._weights, 1 - ema_decay(updates, self.decay))
+        for old, new in self._copied:
             old.copy_(new)
 
 

@@ -9,7 +9,7 @@ from lightning_modules.diffusion.parameterization import Denoiser, Prediction
 
 
 class ClassifierFree(Denoiser):
-    """out = out_null + scale (out_class - out_null), both halves in one call, all channels.
+    """out = out_null + scale (out_class - out_null), both halves in one call, all channels; variance of the class.
 
     Args:
         denoiser: a network trained with dropped labels.
@@ -42,7 +42,8 @@ class ClassifierFree(Denoiser):
         times = time if time.ndim == 0 else torch.cat([time, time])
         both = super().__call__(torch.cat([x, x]), times, labels)
         conditional, null = both.output.chunk(2)
-        return Prediction(self.kind, null + self.scale * (conditional - null), x, self.process, time)
+        spread = None if both.spread is None else both.spread.chunk(2)[0]
+        return Prediction(self.kind, null + self.scale * (conditional - null), x, self.process, time, spread)
 
 
 class ClassifierGuidance(Denoiser):

@@ -13,7 +13,15 @@ from callbacks.rng import make_generator, seed_for
 from lightning_modules.diffusion.average import WeightAverage
 from lightning_modules.diffusion.couplings import Coupling, Independent
 from lightning_modules.diffusion.evaluation import SampleEvaluation, write_samples
-from lightning_modules.diffusion.parameterization import Denoiser, Kind, Preconditioner, mean_square, target
+from lightning_modules.diffusion.learned_variance import variance_bound
+from lightning_modules.diffusion.parameterization import (
+    Denoiser,
+    Kind,
+    Preconditioner,
+    Prediction,
+    mean_square,
+    target,
+)
 from lightning_modules.diffusion.probe import QuarterLosses, probe_draws
 from lightning_modules.diffusion.processes import Process
 from lightning_modules.diffusion.times import TimeSampler
@@ -26,6 +34,9 @@ SUMS = ("train/loss", "train/mse", "coupling/distance", "coupling/distance_permu
 
 class DiffusionModule(L.LightningModule):
     """One network, one process, one loss. Batches are dicts with `image` in [-1, 1], `label` and `index`.
+
+    A network with twice the channels of the images predicts its variance too; the bound of `learned_variance`, which
+    trains that head alone, is added to the weighted errors. A batch may bring its `pairs` (`callbacks.assign_ahead`).
 
     Logged: the means of `SUMS`; `coupling/reduction` of the pair distance; `probe/loss` and `probe/loss_q1` to `_q4`
     of the averaged weights on the last validation loader, unweighted, with independent noise, and `probe/loss_raw` of
@@ -98,6 +109,7 @@ class DiffusionModule(L.LightningModule):
     def on_train_start(self) -> None:
         """Tells the time sampler the budget, and looks whether FD can be measured with these data."""
         self.time_sampler.start(self.process, self.trainer.estimated_stepping_batches)
+        self.average.start(self.net)
         self._steps = self.trainer.global_step
         if self.evaluation is not None and self.evaluation.steps:
             self.evaluation.check(self.trainer.datamodule)  # type: ignore[attr-defined]
@@ -111,13 +123,16 @@ class DiffusionModule(L.LightningModule):
         with torch.no_grad():
             data = self.encoder(batch["image"])
             self.image_shape = tuple(data.shape[1:])
-            noise, rows = self.coupling(data, self.noise_generator)
+            noise, rows = batch["pairs"] if "pairs" in batch else self.coupling(data, self.noise_generator)
             label = self._dropped(batch)
             if rows is not None:
                 data, label = data[rows], None if label is None else label[rows]
             time, importance = self.time_sampler(len(data), self.process, self.time_generator)
-        errors = self._errors(self.net, data, noise, time, label)
+        prediction = self._predict(self.net, data, noise, time, label)
+        errors = self._errors(prediction, data, noise)
         weighted = errors * self.weighting(self.process, self.parameterization, time).to(errors)
+        if prediction.spread is not None:
+            weighted = weighted + variance_bound(self.process, prediction, data)
         self.time_sampler.observe(self.process, time, weighted.detach())
         loss = self.aggregator(weighted * importance.to(errors), self.process.unit(time))
         self._add(loss.detach(), errors.detach(), data, noise)
@@ -127,7 +142,7 @@ class DiffusionModule(L.LightningModule):
         """After an optimizer step: average, time sampler, FD at its steps."""
         if self.trainer.global_step == self._steps:
             return
-        self.average.update(self.net, self._steps)
+        self.average.update(self._steps)
         self._steps = self.trainer.global_step
         self.time_sampler.step(self._steps)
         if self.evaluation is not None and self._steps in self.evaluation.steps:
@@ -203,11 +218,15 @@ class DiffusionModule(L.LightningModule):
         net = self.average.module.eval()
         return Denoiser(net, self.process, self.parameterization, self.preconditioner, label, self.extras)
 
-    def _errors(self, net: nn.Module, data: Tensor, noise: Tensor, time: Tensor, label: Tensor | None) -> Tensor:
-        """(B,) mean squared errors of the parameterisation."""
+    def _predict(self, net: nn.Module, data: Tensor, noise: Tensor, time: Tensor, label: Tensor | None) -> Prediction:
+        """Of the network at these times."""
         denoiser = Denoiser(net, self.process, self.parameterization, self.preconditioner, label, self.extras)
-        prediction = denoiser(self.process.marginal(data, noise, time), time)
-        return mean_square(prediction.output, target(self.parameterization, self.process, data, noise, time))
+        return denoiser(self.process.marginal(data, noise, time), time)
+
+    def _errors(self, prediction: Prediction, data: Tensor, noise: Tensor) -> Tensor:
+        """(B,) mean squared errors of the parameterisation."""
+        wanted = target(self.parameterization, self.process, data, noise, prediction.time)
+        return mean_square(prediction.output, wanted)
 
     def _dropped(self, batch: dict[str, Any]) -> Tensor | None:
         if not self.num_classes:
@@ -231,7 +250,7 @@ class DiffusionModule(L.LightningModule):
         mass, time, noise = probe_draws(self.process, data, first)
         label = batch["label"] if self.num_classes else None
         for name, net in (("", self.average.module), ("_raw", self.net)):
-            self._probes[name].add(mass, self._errors(net, data, noise, time, label))
+            self._probes[name].add(mass, self._errors(self._predict(net, data, noise, time, label), data, noise))
 
     def _measure(self, evaluation: SampleEvaluation) -> None:
         """FD of the averaged weights at this step."""

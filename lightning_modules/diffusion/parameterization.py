@@ -46,14 +46,18 @@ class Prediction:
         output: (B, ...) float.
         x: (B, ...) the noisy images.
         process, time: process and times, (B,) or 0-d.
+        spread: (B, ...) variance head of a net with twice the channels, see `learned_variance`; None without one.
 
     Raises:
         ValueError: a conversion divides by a coefficient that is 0 here: x0 from eps or score at pure noise, eps from
             x0 without noise.
     """
 
-    def __init__(self, kind: Kind, output: Tensor, x: Tensor, process: Process, time: Tensor) -> None:
+    def __init__(
+        self, kind: Kind, output: Tensor, x: Tensor, process: Process, time: Tensor, spread: Tensor | None = None
+    ) -> None:
         self.kind, self.output, self.x, self.process, self.time = kind, output, x, process, time
+        self.spread = spread
 
     @cached_property
     def x0(self) -> Tensor:
@@ -109,7 +113,7 @@ class Prediction:
 
     def with_output(self, kind: Kind, output: Tensor) -> "Prediction":
         """Another prediction at the same point."""
-        return Prediction(kind, output, self.x, self.process, self.time)
+        return Prediction(kind, output, self.x, self.process, self.time, self.spread)
 
     @cached_property
     def _alpha_sigma(self) -> tuple[Tensor, Tensor]:
@@ -175,7 +179,8 @@ class Denoiser:
     """A network at work: preconditions, converts, counts evaluations.
 
     Args:
-        net: (x, time (B,), label (B,) or None[, extras]) -> output like x.
+        net: (x, time (B,), label (B,) or None[, extras]) -> output like x, or with twice the channels, of which the
+            second half is the variance head.
         process, kind: process and parameterisation it was trained for.
         preconditioner: None for the identity.
         label: (B,) int64 classes, or None.
@@ -215,9 +220,11 @@ class Denoiser:
         if self.extras is not None:
             index = self.process.unit(time_B) * (self.extras.num_tasks - 1)  # type: ignore[operator]
             inputs.append(self.extras(index.round().long()))
-        output = self.net(*inputs)
+        output, spread = self.net(*inputs), None
+        if output.shape[1] == 2 * x.shape[1]:
+            output, spread = output.chunk(2, dim=1)
         output = self.preconditioner.wrap_output(self.process, x, output, time)
-        return Prediction(self.kind, output, x, self.process, time)
+        return Prediction(self.kind, output, x, self.process, time, spread)
 
 
 def mean_square(output: Tensor, wanted: Tensor) -> Tensor:

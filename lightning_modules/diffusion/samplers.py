@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lightning_modules.diffusion.learned_variance import learned_log_variance, posterior
 from lightning_modules.diffusion.parameterization import Denoiser, Prediction
 from lightning_modules.diffusion.processes import Process
 
@@ -86,7 +87,8 @@ class DDPM(Sampler):
     """Ancestral sampling on any subset of the indices: posterior mean plus noise.
 
     Args:
-        large_variance: variance beta instead of beta (1 - abar') / (1 - abar).
+        large_variance: variance beta instead of beta (1 - abar') / (1 - abar). A network that predicts its variance
+            uses that instead.
         clip: as in `DDIM`.
 
     Source: arXiv 2006.11239, Eq. 7; respacing as in arXiv 2102.09672.
@@ -103,8 +105,12 @@ class DDPM(Sampler):
         a, s, a_next, s_next = _coefficients(denoiser.process, time, after)
         beta = 1 - (a / a_next) ** 2
         mean = (a_next * beta / s**2).to(x) * prediction.x0 + (a / a_next * s_next**2 / s**2).to(x) * x
-        variance = beta if self.large_variance else beta * s_next**2 / s**2
         last = s_next == 0
+        if prediction.spread is not None and not last:
+            step = posterior(denoiser.process, time, after)
+            spread = learned_log_variance(prediction.spread, step.log_small, step.log_large)
+            return _with_noise(mean, (spread / 2).exp(), generator)
+        variance = beta if self.large_variance else beta * s_next**2 / s**2
         return _with_noise(mean, torch.where(last, 0, variance.clamp_min(0).sqrt()), generator)
 
 
