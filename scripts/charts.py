@@ -12,7 +12,7 @@ import statistics
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec
 
@@ -69,8 +69,8 @@ STYLE: dict[str, Any] = {
     "grid.linewidth": 0.6,
     "xtick.color": COLOURS["ink"],
     "ytick.color": COLOURS["ink"],
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
+    "xtick.bottom": False,  # labels and grid lines suffice
+    "ytick.left": False,
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "svg.fonttype": "none",
@@ -100,11 +100,19 @@ class ForestRow:
     seeds: tuple[float, ...] = ()
 
 
+_styles: list[dict[Any, Any]] = []
+"""Not empty while our settings hold."""
+_forever = ExitStack()
+
+
 @contextmanager
 def _style() -> Iterator[None]:
     """Our settings on top of matplotlib's own: a user's matplotlibrc changes nothing."""
     import matplotlib
 
+    if _styles:
+        yield
+        return
     with matplotlib.rc_context(), warnings.catch_warnings():
         # a browser has the glyphs that the layout's font lacks
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
@@ -112,7 +120,16 @@ def _style() -> Iterator[None]:
         # rc_context does not bring the backend back
         settings: dict[Any, Any] = {k: v for k, v in matplotlib.rcParamsDefault.items() if "backend" not in k}
         matplotlib.rcParams.update(settings | STYLE)
-        yield
+        _styles.append(settings)
+        try:
+            yield
+        finally:
+            _styles.clear()
+
+
+def stay_styled() -> None:
+    """Our settings for the rest of this process, which draws many charts: setting them anew costs a tenth of each."""
+    _forever.enter_context(_style())
 
 
 def _styled(draw: "Callable[P, Figure]") -> "Callable[P, Figure]":

@@ -4,6 +4,7 @@ They are planned first and drawn together, by several processes if they are many
 """
 
 import functools
+import gc
 import hashlib
 import math
 import re
@@ -64,7 +65,9 @@ def forests(results: Sequence[ClaimResult], of_paper: bool = False) -> list[Plan
         name = claim.id if of_paper else f"{claim.slug}/{claim.id}"
         seeds = tuple(row.effect for row in views.seed_rows(result) if row.effect is not None)
         row = charts.ForestRow(name, verdict.effect, verdict.lower, verdict.upper, claim.margin, verdict.name, seeds)
-        groups.setdefault((claim.scale, max(abs(verdict.effect), abs(claim.margin)) > 1), []).append(row)
+        numbers = [verdict.effect, claim.margin, verdict.lower or 0, verdict.upper or 0, *seeds]
+        large = any(1 < abs(number) < math.inf for number in numbers)
+        groups.setdefault((claim.scale, large), []).append(row)
     return [
         Plan(
             "forest",
@@ -152,7 +155,7 @@ def draw(plans: Sequence[Plan], earlier: Mapping[str, str] | None = None) -> lis
     if len(todo) < MANY:
         ready |= zip(todo, map(_svg, todo.values()), strict=True)
     else:
-        with ProcessPoolExecutor() as pool:
+        with ProcessPoolExecutor(initializer=_draw_many) as pool:
             ready |= zip(todo, pool.map(_svg, todo.values(), chunksize=8), strict=True)
     return [
         Drawing(plan.title, plan.caption, Markup(ready[key]), f"{key} {_stamp(ready[key])}", plan.wide)
@@ -170,6 +173,13 @@ def drawn_in(pages: Iterable[str]) -> dict[str, str]:
             if _stamp(text) == digest:
                 found[key] = text
     return found
+
+
+def _draw_many() -> None:
+    """Prepares a process that draws nothing but charts."""
+    # a figure makes some ten thousand objects; looking for garbage after every 700, as is usual, costs a tenth
+    gc.set_threshold(1_000_000)
+    charts.stay_styled()
 
 
 def _svg(plan: Plan) -> str:

@@ -205,7 +205,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "noise rate above 1": ([*FIT, "--data.noise.rate", "1.4"], "noise.rate must be in [0, 1], got 1.4"),
     "missing data": ([*FIT, "--config", "elr/cifar10-sym40", "--data.source.root", "/nowhere"], "looked for /nowhere"),
     "missing checkpoint": ([*FIT, "--ckpt_path", "none.ckpt"], "--ckpt_path: no checkpoint none.ckpt"),
-    "unknown paper": (["reproduce", "els"], "no paper 'els'; there are elr"),
+    "unknown paper": (["reproduce", "els"], "no paper 'els'; there are "),
     "no paper": (["reproduce"], "name a paper or --all"),
     "unknown claim": (
         ["reproduce", "elr", "--claim", "ce-memorises"],
