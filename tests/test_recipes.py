@@ -28,6 +28,7 @@ COUNTS = {
     "local_complexity": 13,
     "prior": 1,
     "rich_lazy": 5,
+    "sgd_noise": 28,
     "spectral_entropy": 39,
     "subgm": 6,
     "unsup_pretraining": 4,

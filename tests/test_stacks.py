@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.stacks import nets
-from lightning_modules.stacks.batches import counter_subsets, splitmix64
+from lightning_modules.stacks.batches import counter_subsets, splitmix64, take_points
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "sgd_noise.npz")
 """Official functions (AntonioScl/SGD_learning_regimes), float64: d = 6, h = 8, three hidden layers, 12 points."""
@@ -166,6 +166,15 @@ def test_draws_depend_on_the_step_alone() -> None:
     whole = counter_subsets(keys, torch.zeros(2, dtype=torch.int64), 30, points, 4)
     late = counter_subsets(keys[1:], torch.tensor([20]), 10, points[1:], 4)
     assert torch.equal(late[:, 0], whole[20:, 1])
+
+
+def test_taken_points_are_those_of_indexing_and_use_the_memory_again() -> None:
+    pool, out = torch.arange(30.0).view(5, 2, 3), torch.empty(0)
+    first = take_points(pool, torch.tensor([[4, 0], [1, 1]]), out)
+    assert torch.equal(first, pool[torch.tensor([[4, 0], [1, 1]])])
+    second = take_points(pool, torch.tensor([[2, 3], [0, 4]]), out)
+    assert torch.equal(second, pool[torch.tensor([[2, 3], [0, 4]])])
+    assert second.data_ptr() == first.data_ptr()
 
 
 # 3. gradient

@@ -49,3 +49,17 @@ def counter_subsets(keys: Tensor, first: Tensor, steps: int, points: Tensor, bat
         taken = (chosen[..., :slot] == drawn.unsqueeze(-1)).any(-1)
         chosen[..., slot] = torch.where(taken, largest, drawn)
     return chosen
+
+
+def take_points(pool: Tensor, rows: Tensor, out: Tensor) -> Tensor:
+    """pool[rows], a row copied at once: at 784 inputs a quarter of the time of indexing, which goes number by number.
+
+    Args:
+        pool: (M, ...) points.
+        rows: (N, B) int64.
+        out: memory of the result: empty, which is made to fit, or `out` of a call with as many rows.
+
+    Returns:
+        (N, B, ...), a view of `out`: it holds until the next call.
+    """
+    return torch.index_select(pool, 0, rows.flatten(), out=out).unflatten(0, rows.shape)

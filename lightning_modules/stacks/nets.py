@@ -7,6 +7,7 @@ Legend: N nets, B batch, d inputs, h width, k hidden layers. Weights of a stack:
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -65,6 +66,9 @@ def draw_weights(inputs: int, width: int, depth: int, generator: torch.Generator
 
 def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
     """scale * left @ right in one call."""
+    if len(left) == 1 and right.shape[-1] == 1:
+        # torch sends a single product to a matrix-vector routine, which adds in another order than those of a stack
+        return _scaled_product(left.expand(2, -1, -1), right.expand(2, -1, -1), scale)[:1]
     return torch.baddbmm(left.new_zeros(1, 1, 1), left, right, beta=0, alpha=scale)
 
 
@@ -126,6 +130,35 @@ def ascend_(
             grad = below
 
 
+def update_(
+    weights: list[Tensor],
+    inputs: Tensor,
+    offset: Tensor,
+    delta_of: Callable[[Tensor], Tensor],
+    scales: list[float],
+    activation: Activation,
+) -> Tensor:
+    """w <- w + sum_b delta_b df(x_b)/dw of every net, in place, delta a function of the nets' predictions.
+
+    Args:
+        weights: the stack; changed.
+        inputs: (N, B, d).
+        offset: (N, B) f(w_0, x), which the predictor o = f - f(w_0, x) subtracts.
+        delta_of: from o (N, B) to delta (N, B).
+        scales, activation: as in `forward`.
+
+    Returns:
+        o (N, B) before the step.
+    """
+    before, after = [], [inputs]
+    for weight, scale in zip(weights[:-1], scales[:-1], strict=True):
+        before.append(_scaled_product(after[-1], weight, scale))
+        after.append(activate(before[-1], activation))
+    output = _scaled_product(after[-1], weights[-1], scales[-1]).squeeze(-1) - offset
+    ascend_(weights, before, after, delta_of(output), scales, activation)
+    return output
+
+
 def sgd_step_(
     weights: list[Tensor],
     inputs: Tensor,
@@ -142,24 +175,22 @@ def sgd_step_(
 
     Args:
         weights: the stack; changed.
-        inputs: (N, B, d).
+        inputs, offset, scales, activation: as in `update_`.
         labels: (N, B) in {-1, +1}.
-        offset: (N, B) f(w_0, x), which the predictor o = f - f(w_0, x) subtracts.
         alpha: (N,) output scale.
         lr: (N,) learning rate (paper: eta, code: dt).
-        scales, activation: as in `forward`.
 
     Returns:
         o (N, B) before the step, and which points are unfitted (N, B) bool.
 
     Source: arXiv 2301.13703; official code, dynamics `sgd`, loss `hinge`.
     """
-    before, after = [], [inputs]
-    for weight, scale in zip(weights[:-1], scales[:-1], strict=True):
-        before.append(_scaled_product(after[-1], weight, scale))
-        after.append(activate(before[-1], activation))
-    output = _scaled_product(after[-1], weights[-1], scales[-1]).squeeze(-1) - offset
-    unfitted = alpha.unsqueeze(-1) * output * labels < 1
-    delta = unfitted * labels * (lr / labels.shape[1]).unsqueeze(-1)
-    ascend_(weights, before, after, delta, scales, activation)
-    return output, unfitted
+
+    def unfitted(output: Tensor) -> Tensor:
+        return alpha.unsqueeze(-1) * output * labels < 1
+
+    def delta(output: Tensor) -> Tensor:
+        return unfitted(output) * labels * (lr / labels.shape[1]).unsqueeze(-1)
+
+    output = update_(weights, inputs, offset, delta, scales, activation)
+    return output, unfitted(output)
