@@ -110,7 +110,7 @@ def _changes(maps: Tensor, tolerance: float) -> Tensor:
 
 
 class LinearRegionPicture(StepProbe):
-    """Draws the linear regions on the plane through three fixed training examples, `pictures/regions-<step>.png`.
+    """Draws the linear regions on the plane through three fixed training examples, `figures/regions_<step>.png`.
 
     Works on classifiers whose network takes one tensor. `regions/border_share` is the share of pixels on a border.
 
@@ -146,6 +146,6 @@ class LinearRegionPicture(StepProbe):
         layers = None if self.patterns is None else find_layers(network, self.patterns, "LinearRegionPicture.layers")
         borders, classes = region_borders(network, inputs.reshape(-1, *points.shape[1:]), self.size, layers)
         if trainer.is_global_zero:
-            folder = Path(trainer.default_root_dir) / "pictures"
-            draw_regions(borders, classes, places.cpu(), folder / f"regions-{trainer.global_step:07d}.png")
+            folder = Path(trainer.default_root_dir) / "figures"
+            draw_regions(borders, classes, places.cpu(), folder / f"regions_{trainer.global_step:07d}.png")
         return {"regions/border_share": float(borders.any(0).double().mean())}

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from callbacks.entropy_baselines import adjacency_entropy, matrix_entry_entropy, shannon_entropy
 from callbacks.rng import seed_for
@@ -103,6 +103,8 @@ class TimmStudy(Measurement):
     Args:
         nets: names of timm.
         pretrained: with timm's weights (from the hub or its cache); false measures random weights.
+        checkpoints: files with the weights of some of the nets, by their names: a run's checkpoint, whose net is the
+            timm net (anywhere in it), or a state dict.
         accuracies: CSV with the columns `model` and `column`, e.g. timm's results-imagenet.csv; null for none.
         column: accuracy, in that file.
         sigma, t: as in `diffusion_spectral_entropy`; the paper takes the root of d.
@@ -114,6 +116,7 @@ class TimmStudy(Measurement):
         self,
         nets: list[str],
         pretrained: bool = True,
+        checkpoints: dict[str, str] | None = None,
         accuracies: str | None = None,
         column: str = "top1",
         sigma: Bandwidth = "sqrt_dim",
@@ -124,6 +127,12 @@ class TimmStudy(Measurement):
             raise ValueError("model.nets must name at least one net of timm, got []")
         self.save_hyperparameters()
         self.nets, self.pretrained, self.sigma, self.t = nets, pretrained, sigma, t
+        self.checkpoints = {name: Path(file) for name, file in (checkpoints or {}).items()}
+        unknown = [name for name in self.checkpoints if name not in nets]
+        if unknown:
+            raise ValueError(
+                f"model.checkpoints names {', '.join(unknown)}, which model.nets does not: {', '.join(nets)}"
+            )
         self.accuracy = {} if accuracies is None else _read_accuracies(Path(accuracies), column)
         missing = [name for name in nets if self.accuracy and name not in self.accuracy]
         if missing:
@@ -150,9 +159,29 @@ class TimmStudy(Measurement):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for(f"weights/{name}"))
             channels = images.shape[1]
-            net: Any = timm.create_model(name, pretrained=self.pretrained, num_classes=0, in_chans=channels)
+            own = name in self.checkpoints
+            net: Any = timm.create_model(name, pretrained=self.pretrained and not own, num_classes=0, in_chans=channels)
+        if own:
+            net.load_state_dict(_weights_of(net, self.checkpoints[name]))
         net = net.eval().to(images.device)
         return torch.cat([net(part) for part in images.split(64)])
+
+
+def _weights_of(net: nn.Module, file: Path) -> dict[str, Tensor]:
+    """The part of a checkpoint that holds the net's weights, whatever module the net is in there."""
+    if not file.is_file():
+        raise FileNotFoundError(f"model.checkpoints: no file {file}")
+    loaded = torch.load(file, map_location="cpu", weights_only=True)
+    state = loaded.get("state_dict", loaded)
+    wanted = net.state_dict()
+    first = next(iter(wanted))
+    for prefix in (key.removesuffix(first) for key in state if key.endswith(first)):
+        found = {name: state[prefix + name] for name in wanted if prefix + name in state}
+        if len(found) == len(wanted) and all(found[name].shape == wanted[name].shape for name in wanted):
+            return found
+    raise ValueError(
+        f"model.checkpoints: {file} does not hold the {len(wanted)} weights of this net of timm ({first}, ...)"
+    )
 
 
 def _read_accuracies(path: Path, column: str) -> dict[str, float]:

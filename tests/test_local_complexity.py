@@ -295,7 +295,7 @@ def test_values_of_the_last_step_are_logged_and_tabled(tmp_path: Path) -> None:
     assert float(trainer.callback_metrics["lc/test/r0.1"]) == pytest.approx(float(expected), abs=1e-6)
     lines = (tmp_path / "curves" / "local_complexity.csv").read_text().splitlines()
     assert len(lines) == 8
-    assert (tmp_path / "pictures" / "regions-0000008.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "figures" / "regions_0000008.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_resume_repeats_no_measurement(tmp_path: Path) -> None:

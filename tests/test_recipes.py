@@ -29,7 +29,7 @@ COUNTS = {
     "prior": 1,
     "rich_lazy": 5,
     "sgd_noise": 28,
-    "spectral_entropy": 39,
+    "spectral_entropy": 40,
     "subgm": 6,
     "unsup_pretraining": 4,
     "virgo": 6,
