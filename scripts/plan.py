@@ -23,7 +23,9 @@ gathered at a time, two blocks and the rest of the net, and one float32 gradient
 matrices). With checkpointing: inputs of the blocks and the largest block. bf16 activations are those of a forward in
 bf16 throughout, as FSDP2 runs it; autocast keeps a few operations in float32.
 
-Not counted: CUDA's context, workspaces, fragmentation; a tenth of the memory is left to these."""
+Not counted: CUDA's context, workspaces, fragmentation; a tenth of the memory is left to these.
+
+Of a recipe that trains a grid of nets: how many steps and hours it may take, guessed from small runs."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,12 @@ def verb(argv: list[str]) -> int:
     if options.gpus < 1 or options.nodes < 1:
         raise UserError(f"--gpus and --nodes must be at least 1, got {options.gpus} and {options.nodes}")
     memory, processes = parse_bytes(options.memory), options.gpus * options.nodes
+    from scripts.plan_sweep import is_sweep, sweep_cost
+
+    if is_sweep(options.recipe):
+        cost = sweep_cost(options.recipe, overrides, options.shape)
+        print(f"{options.recipe}: {cost.lines(processes, memory)[0]}", *cost.lines(processes, memory)[1:], sep="\n")
+        return 0
     from scripts.plan_recipe import plan_recipe
 
     recipe = plan_recipe(options.recipe, overrides, options.shape, options.examples, options.classes)

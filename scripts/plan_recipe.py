@@ -149,6 +149,17 @@ class _PlanCLI(RecipeCLI):
         self.datamodule = parser.instantiate_classes(Namespace(data=config.data)).data
 
 
+def build(name: str, overrides: list[str]) -> Any:
+    """The recipe's module on the meta device, its trainer on one CPU process and its data module; nothing runs."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+    for package in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(package).setLevel(logging.ERROR)
+    words = [*overrides, "--wandb", "false", "--trainer.accelerator", "cpu", "--trainer.devices", "1"]
+    words += ["--trainer.strategy", "auto", "--trainer.num_nodes", "1"]
+    return explained(lambda: _PlanCLI(recipes.find_recipe(name), "fit", words, []), name)
+
+
 def plan_recipe(
     name: str, overrides: list[str], shape: str | None, examples: int | None, classes: int | None
 ) -> PlannedRecipe:
@@ -162,13 +173,7 @@ def plan_recipe(
     Raises:
         UserError: an option is wrong, the data are not at hand, or the module cannot be followed without values.
     """
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
-    for package in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(package).setLevel(logging.ERROR)
-    words = [*overrides, "--wandb", "false", "--trainer.accelerator", "cpu", "--trainer.devices", "1"]
-    words += ["--trainer.strategy", "auto", "--trainer.num_nodes", "1"]
-    cli = explained(lambda: _PlanCLI(recipes.find_recipe(name), "fit", words, []), name)
+    cli = build(name, overrides)
     module, trainer = cli.model, cli.trainer
     module.trainer, trainer.training = trainer, True
     if (shape, examples, classes) == (None, None, None):

@@ -30,6 +30,7 @@ COUNTS = {
     "nm_sparsity": 79,
     "prior": 1,
     "rich_lazy": 5,
+    "sgd_noise": 28,
     "spectral_entropy": 40,
     "subgm": 6,
     "unsup_pretraining": 4,

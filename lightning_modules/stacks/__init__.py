@@ -1,0 +1,1 @@
+"""Many nets of one shape side by side in one program."""
