@@ -96,7 +96,8 @@ def render(
     for paper in papers:
         own = [result for result in results if result.claim.slug == paper.slug]
         curves, unreadable = read_curves(own)
-        pictures[paper.slug], missing = read_pictures({r.path: r for result in own for r in result.records}.values())
+        used = {record.path: record for result in own for record in result.records}
+        pictures[paper.slug], missing = read_pictures(used.values(), target)
         broken += [*unreadable, *missing]
         shown[paper.slug] = claim_views(own, curves, holm, external)
         own_forests[paper.slug] = drawings.forests(own, of_paper=True)

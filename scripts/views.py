@@ -2,15 +2,14 @@
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from scripts import recipes
 from scripts.claims import Claim
+from scripts.pictures import relative_address
 from scripts.records import ClaimResult, Record
 
 METRICS = {
@@ -116,7 +115,7 @@ def commit(record: Record) -> str:
 
 def href(record: Record, target: Path) -> str:
     """Relative address of the record's file from a page in `target`."""
-    return quote(Path(os.path.relpath(record.path, target)).as_posix())
+    return relative_address(record.path, target)
 
 
 def curve_key(metric: str, keys: Iterable[str]) -> str | None:

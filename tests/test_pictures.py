@@ -1,12 +1,14 @@
 """Pictures of runs: which are shown and published."""
 
 import base64
+import re
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from paper_room import CLEAN, add_arms, add_record, write_paper
 
-from scripts import leaderboard, recipes
+from scripts import leaderboard, pictures, recipes
 from scripts.pictures import LARGEST, read_pictures
 from scripts.published import publish, read_published
 from scripts.records import read_records
@@ -42,7 +44,20 @@ def test_other_kinds_and_large_files_are_left_in_the_folder(runs: Path) -> None:
     record = add_record(runs, "mini", 0, 0.8)
     add_picture(record, "notes.txt")
     add_picture(record, "large.png", b"0" * (LARGEST + 1))
-    assert read_pictures(read_records(runs)[0]) == ([], [])
+    assert read_pictures(read_records(runs)[0], runs) == ([], [])
+
+
+def test_pictures_beyond_the_budget_are_links(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "EMBEDDED", len(PNG))
+    add_arms(runs, [0.8, 0.8, 0.8], [0.5, 0.5, 0.5])
+    record = add_record(runs, "mini", 0, 0.8)
+    add_picture(record, "a.png")
+    add_picture(record, "b c.png", b"second")
+    leaderboard.write_pages(leaderboard.board_of_runs(runs), runs.parent / "site", "--runs")
+    page = (runs.parent / "site" / "toy.html").read_text()
+    address = re.search(r'<a href="([^"]*)">mini, seed 0: b c</a>', page)[1]
+    assert (runs.parent / "site" / unquote(address)).read_bytes() == b"second"
+    assert "1 more picture, beside" in page
 
 
 def test_pictures_are_published_and_read_back(runs: Path) -> None:
@@ -53,7 +68,7 @@ def test_pictures_are_published_and_read_back(runs: Path) -> None:
     assert [file.name for file in target.rglob("*.png")] == ["samples_20_evaluations.png"]
     records, problems = read_published(target)
     assert problems == []
-    (picture,), broken = read_pictures(records)
+    (picture,), broken = read_pictures(records, runs)
     assert (picture.caption, broken) == ("mini, seed 0: samples 20 evaluations", [])
 
 
@@ -65,6 +80,6 @@ def test_unreadable_picture_is_named(runs: Path, monkeypatch: pytest.MonkeyPatch
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "read_bytes", denied)
-    pictures, (problem,) = read_pictures(records)
-    assert pictures == []
+    found, (problem,) = read_pictures(records, runs)
+    assert found == []
     assert problem.endswith("samples_20_evaluations.png: Permission denied")
