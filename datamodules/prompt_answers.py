@@ -23,23 +23,25 @@ def read_rows(source: str, prompt_field: str, answer_field: str, split: str) -> 
     """(prompt, answer) of each row of a CSV, JSON or Parquet file, or of a hub data set.
 
     Raises:
-        ValueError: no such file, no rows, a missing field, or an empty prompt or answer, by row.
+        ValueError: no such file, one without rows or of another format, a missing field, or an empty prompt or answer,
+            by row.
     """
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     kind = READERS.get(Path(source).suffix)
     if kind is not None and not Path(source).is_file():
         raise ValueError(f"data: no file {source}; give a {', '.join(READERS)} file or the id of a hub data set")
-    if kind is None:
-        rows: Any = load_dataset(source, split=split)
-    else:
-        rows = load_dataset(kind, data_files=source, split="train")
+    try:
+        # a file is one split, which datasets calls train
+        options = {"split": split} if kind is None else {"data_files": source, "split": "train"}
+        rows: Any = load_dataset(kind or source, **options)
+    except (ValueError, DatasetGenerationError) as error:
+        raise ValueError(f"data: {source} has no rows or cannot be read: {error}") from error
     for name in (prompt_field, answer_field):
         if name not in rows.column_names:
             raise ValueError(f"data: {source} has no field {name!r}, it has {', '.join(rows.column_names)}")
     found = list(zip(rows[prompt_field], rows[answer_field], strict=True))
-    if not found:
-        raise ValueError(f"data: {source} has no rows")
     for number, pair in enumerate(found, start=1):
         for name, text in zip((prompt_field, answer_field), pair, strict=True):
             if not isinstance(text, str) or not text.strip():

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 SOURCE = Path(__file__).parents[1]
-PACKAGES = ("noisebench", "torch", "torchvision", "lightning", "torchmetrics", "timm", "datasets", "numpy", "scipy")
-PACKAGES += ("transformers", "peft")
+PACKAGES = (
+    *("noisebench", "torch", "torchvision", "lightning", "torchmetrics", "timm", "datasets", "numpy", "scipy"),
+    *("transformers", "peft"),
+)
 
 
 @functools.cache

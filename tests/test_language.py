@@ -412,7 +412,14 @@ def test_paper_recipes_make_their_nets(source: str, monkeypatch: pytest.MonkeyPa
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("prompt,response\n")
-    with pytest.raises(ValueError, match="has no rows"):
+    with pytest.raises(ValueError, match=r"data: .*rows.csv has no rows or cannot be read: "):
+        prompt_answers.read_rows(str(path), "prompt", "response", "train")
+
+
+def test_a_file_that_is_no_json_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text("{ no json")
+    with pytest.raises(ValueError, match=r"data: .*rows.json has no rows or cannot be read: "):
         prompt_answers.read_rows(str(path), "prompt", "response", "train")
 
 

@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -176,7 +177,8 @@ class PretrainedLM(nn.Module):
 def _set_dropout(model: nn.Module, rate: float) -> None:
     if not 0 <= rate < 1:
         raise ValueError(f"lm.dropout must be in [0, 1), got {rate}")
-    for module in model.modules():
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
         if isinstance(module, nn.Dropout):
             module.p = rate
         if hasattr(module, "attention_dropout"):
