@@ -52,7 +52,7 @@ def verb(argv: list[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("paper", metavar="PAPER", help="e.g. immiscible")
-    parser.add_argument("--seeds", default="0", metavar="A..B", help="default: 0")
+    parser.add_argument("--seeds", default="0..1", metavar="A..B", help="two or more; default: 0..1")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
     parser.add_argument("--out", type=Path, help="*.svg or *.png; default: RUNS/PAPER/effect_map.svg; a .csv beside it")
     parser.add_argument("--steps", type=int, help="optimizer steps of each run, for a quick look")
