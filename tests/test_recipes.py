@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import inspect
 import json
 import re
 from collections import Counter
@@ -56,11 +57,21 @@ def name_of(path: Path) -> str:
 
 
 @functools.cache
+def _arguments(class_path: str) -> frozenset[str]:
+    """Names of a class's arguments."""
+    module, _, name = class_path.rpartition(".")
+    return frozenset(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+
+
+@functools.cache
 def merged(path: Path) -> dict[str, Any]:
-    """Documents of a recipe folded into one, lists replaced."""
+    """Documents of a recipe folded into one, lists replaced; a new class keeps the old arguments that it takes."""
 
     def fold(old: Any, new: Any) -> Any:
         if isinstance(old, dict) and isinstance(new, dict):
+            if "class_path" in old and new.get("class_path", old["class_path"]) != old["class_path"]:
+                taken = _arguments(new["class_path"])
+                old = {"init_args": {key: old["init_args"][key] for key in old.get("init_args", {}) if key in taken}}
             return {key: fold(old.get(key), new[key]) if key in new else old[key] for key in {**old, **new}}
         return new
 
