@@ -1,6 +1,7 @@
 """`noisebench push`: a run's adapter to the Hugging Face hub, only ever by this command."""
 
 import argparse
+import json
 import re
 from pathlib import Path
 
@@ -58,12 +59,27 @@ def model_card(run: Path) -> str:
     settings = run_config(run)
     model = settings["model"]["init_args"]
     base = model["lm"]["init_args"].get("source")
-    # a file or folder of this machine is no name on the hub
-    known = base is not None and NAME.fullmatch(base) is not None and not Path(base).exists()
-    header = ["---", *([f"base_model: {base}", "library_name: peft"] if known else []), "tags: [noisebench]", "---"]
+    known = [f"base_model: {base}", "library_name: peft"] if _is_on_the_hub(base) else []
+    header = ["---", *known, "tags: [noisebench]", "---"]
     recipe = "/".join(run.resolve().parts[-4:-2])
     facts = [f"{name}: `{model[name]}`" for name in ("loss_mode", "variant", "selection", "noise_std") if name in model]
     return "\n".join([*header, "", f"# {recipe}", "", f"Trained with noisebench, recipe `{recipe}`.", "", *facts, ""])
+
+
+def _is_on_the_hub(base: str | None) -> bool:
+    """A file or folder of this machine is no name there."""
+    return base is not None and NAME.fullmatch(base) is not None and not Path(base).exists()
+
+
+def sent_config(folder: Path) -> bytes | None:
+    """adapter_config.json as it is sent, without a base model that only this machine has; None where there is none."""
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        return None
+    settings = json.loads(file.read_text())
+    if not _is_on_the_hub(settings.get("base_model_name_or_path")):
+        settings["base_model_name_or_path"] = None
+    return json.dumps(settings, indent=2).encode()
 
 
 def upload(folder: Path, name: str, private: bool, card: str) -> str:
@@ -78,8 +94,10 @@ def upload(folder: Path, name: str, private: bool, card: str) -> str:
     api = HfApi()
     try:
         address = api.create_repo(name, private=private, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=["README.md"])
-        api.upload_file(repo_id=name, path_or_fileobj=card.encode(), path_in_repo="README.md")
+        api.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=["README.md", "adapter_config.json"])
+        for file, content in (("README.md", card.encode()), ("adapter_config.json", sent_config(folder))):
+            if content is not None:
+                api.upload_file(repo_id=name, path_or_fileobj=content, path_in_repo=file)
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
         raise UserError(f"--to {name}: the hub did not take it: {error}") from error
     return str(address)

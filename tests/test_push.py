@@ -1,5 +1,6 @@
 """`noisebench push`: only by this command, and what it would send."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,22 @@ def test_dry_run_says_what_and_sends_nothing(tmp_path: Path, hub: Hub, capsys: p
 def test_adapter_and_card_are_sent_to_a_private_repository(tmp_path: Path, hub: Hub) -> None:
     folder = run_folder(tmp_path)
     assert main(["push", str(folder), "--to", "me/mine"]) == 0
-    (made, repository), (sent, files), (_, card) = hub.calls
+    (made, repository), (sent, files), (_, card), _ = hub.calls
     assert (made, repository["args"], repository["private"]) == ("create_repo", ("me/mine",), True)
     assert (sent, files["folder_path"], files["repo_id"]) == ("upload_folder", folder / "adapter", "me/mine")
     assert b"Trained with noisebench" in card["path_or_fileobj"]
+
+
+@pytest.mark.parametrize(("base", "sent"), [("me/base", "me/base"), ("/cache/gguf/abc", None)])
+def test_a_folder_of_this_machine_is_not_sent(tmp_path: Path, hub: Hub, base: str, sent: str | None) -> None:
+    folder = run_folder(tmp_path)
+    settings = {"r": 8, "base_model_name_or_path": base}
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    assert main(["push", str(folder), "--to", "me/mine"]) == 0
+    name, last = hub.calls[-1]
+    assert (name, last["path_in_repo"]) == ("upload_file", "adapter_config.json")
+    assert json.loads(last["path_or_fileobj"]) == {"r": 8, "base_model_name_or_path": sent}
+    assert "adapter_config.json" in hub.calls[1][1]["ignore_patterns"]
 
 
 def test_a_file_of_this_machine_is_no_base_model(
