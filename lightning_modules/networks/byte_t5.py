@@ -1,5 +1,6 @@
 """T5 of transformers on bytes. B batch, T places."""
 
+import importlib.util
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,12 +15,17 @@ class ByteT5(nn.Module):
     Args:
         predict: as `predict` of `datamodules.text.ByteText`.
         options: arguments of `transformers.T5Config`; its defaults are those of T5-Small 1.0.
+
+    Raises:
+        ValueError: transformers is not installed.
     """
 
     block_names = ("net.encoder.block", "net.decoder.block")
 
     def __init__(self, predict: int = 256, options: dict[str, Any] | None = None) -> None:
         super().__init__()
+        if importlib.util.find_spec("transformers") is None:
+            raise ValueError("ByteT5 needs transformers: pip install 'noisebench[llm]'")
         from transformers import T5Config, T5ForConditionalGeneration
 
         self.predict = predict
