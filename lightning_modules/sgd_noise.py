@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,84 +20,20 @@ from callbacks.rng import make_generator, run_seed, seed_for
 from lightning_modules.stacks import analysis
 from lightning_modules.stacks.architectures import Architecture
 from lightning_modules.stacks.dynamics import Dynamics, Loss
+from lightning_modules.stacks.exponents import edge_exponent, lazy_exponents, region_means
 from lightning_modules.stacks.grid import Member, Rules, make_points
 from lightning_modules.stacks.sweep import Sweep
 from lightning_modules.stacks.table import as_columns, read_members, write_members
 
-CACHE = 16e6
-"""Bytes of weights that a stack on a CPU should not exceed, so that a step stays in the cache."""
+CACHE = 4e6
+"""Bytes of weights that a stack on a CPU should not exceed, so that a step stays in the cache; measured by
+`tests/benchmarks/test_stacks.py`."""
 MOST_SLOTS = {"cpu": 256, "cuda": 4096}
 
 
-def lazy_exponents(members: analysis.Members, max_lr: float, thresholds: list[float]) -> dict[str, analysis.Estimate]:
-    """Exponents of the lazy regime: dw ~ T^delta P^gamma, t* ~ T P^b, T_c ~ P^-a, lambda ~ P^(1 / (1 + chi)).
-
-    Args:
-        members: columns of nets of one alpha and one B; only the fitted ones count.
-        max_lr: delta, gamma and b are fitted over dt up to here; beyond, dw saturates.
-        thresholds: values of dw that define T_c.
-
-    Returns:
-        What the grid allows: `delta`, `gamma`, `b`, `lambda` (perceptron), `a<threshold>`; fitted for each replica on
-        its own, then over replicas.
-
-    Source: arXiv 2301.13703, scaling of the relative weight change, of t* and of the cross-over temperature.
-    """
-    low = {name: column[members["dt"] <= max_lr] for name, column in members.items()}
-    several_lrs, several_sizes = (len(np.unique(low[name])) > 1 for name in ("dt", "n_train"))
-    perceptrons = bool((members["depth"] == 0).all())
-    low, known = analysis.fitted(low), analysis.fitted(members)
-    lrs, sizes, seeds = low["dt"], low["n_train"], low["seed"]
-    found = {}
-    if several_lrs:
-        found["delta"] = analysis.slopes_over_seeds(lrs, low["dw"], seeds, within=sizes)
-    if several_sizes:
-        names = {"gamma": "dw", "b": "t_star", **({"lambda": "lambda"} if perceptrons else {})}
-        for exponent, name in names.items():
-            found[exponent] = analysis.slopes_over_seeds(sizes, low[name], seeds, within=lrs)
-    if several_lrs and several_sizes:
-        size, temperature, dw, seed = (known[name] for name in ("n_train", "temperature", "dw", "seed"))
-        for value in thresholds:
-            found[f"a{value:g}"] = (
-                analysis.crossings_over_seeds(size, temperature, dw, seed, value) if len(dw) else analysis.estimate([])
-            )
-    return found
-
-
-def edge_exponent(members: analysis.Members) -> analysis.Estimate:
-    """k of dt_max ~ alpha^k, dt_max the last dt below the first one that diverged.
-
-    Args:
-        members: columns of all nets, whatever their status.
-
-    Returns:
-        k over replicas; NaN where no net diverged.
-
-    Source: arXiv 2301.13703, T_opt ~ alpha^k with k = (D - 1) / (D + 1). That the largest stable dt obeys the same
-        exponent is derived from f ~ w^(D + 1).
-    """
-    cells = []
-    for replica, alpha in itertools.product(np.unique(members["seed"]), np.unique(members["alpha"])):
-        rows = (members["seed"] == replica) & (members["alpha"] == alpha)
-        stable, first = analysis.stability_edge(members["dt"][rows], members["status"][rows] == "diverged")
-        cells.append((alpha, math.nan if math.isnan(first) else stable, replica))
-    alphas, edges, replicas = (np.array(column) for column in zip(*cells, strict=True))
-    return analysis.slopes_over_seeds(alphas, edges, replicas)
-
-
-def region_means(members: analysis.Members, box: list[float]) -> tuple[float, float]:
-    """Mean test error and geometric mean of dw over the fitted nets of a box; NaN for an empty one.
-
-    Args:
-        members: columns of all nets.
-        box: [least alpha, largest alpha, least dt, largest dt], borders included.
-    """
-    rows = members["status"] == "fitted"
-    rows = rows & (members["alpha"] >= box[0]) & (members["alpha"] <= box[1])
-    rows = rows & (members["dt"] >= box[2]) & (members["dt"] <= box[3])
-    if not rows.any():
-        return math.nan, math.nan
-    return float(members["test_error"][rows].mean()), float(np.exp(np.log(members["dw"][rows]).mean()))
+def nets_in_cache(net_bytes: int) -> int:
+    """Nets that stand side by side on a CPU; `net_bytes` of weights each."""
+    return max(16, min(MOST_SLOTS["cpu"], int(CACHE / net_bytes)))
 
 
 class SGDNoise(L.LightningModule):
@@ -111,7 +46,7 @@ class SGDNoise(L.LightningModule):
 
     Metrics: `fit/<exponent>` and, with several replicas, its standard error `fit/<exponent>_se`; `err/<region>` and
     `dw/<region>`; `members/fitted`, `diverged`, `unfinished`; `work/net_steps`, and `work/saved`, the share of
-    `max_steps` of all nets that was not needed.
+    `max_steps` of the nets trained here that was not needed.
 
     Args:
         stack: the net.
@@ -127,7 +62,7 @@ class SGDNoise(L.LightningModule):
         lazy_alpha: nets of at least this alpha are lazy.
         fit_max_lr, thresholds: see `lazy_exponents`; None fits over all dt.
         regions: name -> box, see `region_means`.
-        slots: nets side by side; None fits the weights into 16 MB on a CPU, and takes up to 4,096 on a GPU.
+        slots: nets side by side; None fits the weights into 4 MB on a CPU, and takes up to 4,096 on a GPU.
         shard, shards: this job's part of the grid.
         done: `members.parquet` files of other jobs. Their members do not train and count as results: with all of them
             a run only gathers.
@@ -220,6 +155,7 @@ class SGDNoise(L.LightningModule):
         parts = self.shards * self.trainer.world_size
         part = self.shard * self.trainer.world_size + self.trainer.global_rank
         found = read_members(self.done)
+        self._gathered = found.keys()
         own = {n: m for at, (n, m) in enumerate(self.members.items()) if at % parts == part or n in found}
         slots = self.slots or self._room(sum(layer[0].numel() * layer.element_size() for layer in starts))
         self.sweep = Sweep(self.stack, self.rules, points, own, slots, found)
@@ -233,11 +169,10 @@ class SGDNoise(L.LightningModule):
 
     def _room(self, net_bytes: int) -> int:
         """Nets side by side."""
-        most = MOST_SLOTS.get(self.device.type, 256)
         if self.device.type != "cuda":
-            return max(16, min(most, int(CACHE / net_bytes)))
+            return nets_in_cache(net_bytes)
         # weights, and as much again for a step's gradients and points
-        return max(16, min(most, int(torch.cuda.mem_get_info(self.device)[0] / (4 * net_bytes))))
+        return max(16, min(MOST_SLOTS["cuda"], int(torch.cuda.mem_get_info(self.device)[0] / (4 * net_bytes))))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """One burst; the loss is alpha times a net's mean batch loss, median over the nets."""
@@ -286,8 +221,9 @@ class SGDNoise(L.LightningModule):
         columns = as_columns(found)
         values = {f"members/{status}": float((columns["status"] == status).sum()) for status in analysis.STATUSES}
         values |= {"work/net_steps": float(steps)}
-        if self._sum(self.sweep.alive) == 0:
-            values["work/saved"] = 1 - steps / (self.rules.max_steps * len(found))
+        trained = sum(row["member_id"] not in self._gathered for row in found)
+        if trained and self._sum(self.sweep.alive) == 0:
+            values["work/saved"] = 1 - steps / (self.rules.max_steps * trained)
         if len(found) == len(self.members):
             values |= self.summary(columns)
         self.log_dict(values)
@@ -311,27 +247,32 @@ class SGDNoise(L.LightningModule):
         }
 
     def cost(self, shape: tuple[int, ...]) -> dict[str, float]:
-        """What the grid takes, for `noisebench plan`; one forward of a net is all that is computed.
+        """What the grid takes, for `noisebench plan`: a stack of random points takes steps for about a second.
 
         Args:
             shape: of a point.
 
         Returns:
-            `nets`, `parameters` of each, `steps` (net-steps by `Member.expected_steps`), `most_steps` and `flops` of a
-            net-step (three times those of a forward).
+            `nets`, `parameters` of each, `steps` (net-steps by `Member.expected_steps`), `most_steps`, `flops` of a
+            net-step (three times those of a forward), and `core_rate`, net-steps per second of one core here.
         """
-        generator = torch.Generator()
         inputs = self.stack.prepare(torch.zeros(1, *shape))
-        net = [layer.unsqueeze(0) for layer in self.stack.draw(tuple(inputs.shape[1:]), generator)]
+        net = [layer.unsqueeze(0) for layer in self.stack.draw(tuple(inputs.shape[1:]), torch.Generator())]
+        full = self.rules.dynamics in ("gd", "gd_sde")
+        points = torch.randn(max(self.hparams["train_sizes"]) if full else self.rules.batch, *inputs.shape[1:])
         counter = FlopCounterMode(display=False)
         with counter, torch.no_grad():
-            self.stack.forward(net, inputs.expand(self.rules.batch, *inputs.shape[1:]).unsqueeze(0))
+            self.stack.forward(net, points.unsqueeze(0))
+        parameters, flops = sum(layer.numel() for layer in net), 3.0 * counter.get_total_flops()
+        # of a CNN, whose step takes long, a single net
+        together = max(1, min(nets_in_cache(4 * parameters), len(self.grid), int(2e9 / flops)))
         return {
             "nets": len(self.grid),
-            "parameters": sum(layer.numel() for layer in net),
+            "parameters": parameters,
             "steps": sum(member.expected_steps(self.rules.max_steps) for member in self.grid),
             "most_steps": float(self.rules.max_steps * len(self.grid)),
-            "flops": 3.0 * counter.get_total_flops(),
+            "flops": flops,
+            "core_rate": step_rate(self.stack, net, points, together),
         }
 
     def summary(self, members: analysis.Members) -> dict[str, float]:
@@ -356,6 +297,31 @@ class SGDNoise(L.LightningModule):
         for name, box in self.regions.items():
             values[f"err/{name}"], values[f"dw/{name}"] = region_means(members, box)
         return values
+
+
+def step_rate(stack: Architecture, net: list[Tensor], points: Tensor, nets: int) -> float:
+    """Net-steps per second of a stack on one core of this machine, measured for a second; draws of points left out.
+
+    Args:
+        stack: the architecture.
+        net: weights of one net, a stack of one.
+        points: (B, ...) of a step.
+        nets: how many side by side.
+    """
+    weights = [layer.repeat(nets, *[1] * (layer.ndim - 1)) for layer in net]
+    inputs = points.expand(nets, *points.shape)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    steps, start = -1, time.process_time()
+    with torch.no_grad():
+        while steps < 1 or time.process_time() - start < 1.0:
+            if steps == 0:
+                # the first step makes ready
+                start = time.process_time()
+            stack.update_(weights, inputs, torch.zeros(()), torch.zeros_like)
+            steps += 1
+    torch.set_num_threads(threads)
+    return nets * steps / (time.process_time() - start)
 
 
 def _check_grid(

@@ -7,8 +7,8 @@ from typing import Any
 from scripts import recipes
 from scripts.errors import UserError
 
-CORE_FLOPS, GPU_FLOPS, GPU_BYTES = 20e9, 10e12, 2e12
-"""Per second: a CPU core (measured with the mini nets), a GPU in float32 and its memory (stated, not measured)."""
+GPU_FLOPS, GPU_BYTES = 10e12, 2e12
+"""Per second: a GPU in float32 and its memory (stated, not measured)."""
 TRAFFIC = 12
 """Bytes of memory traffic per weight and step: a gradient is added in place, and the forward reads once more."""
 
@@ -21,6 +21,7 @@ class SweepCost:
         nets, parameters: number of nets, and weights of each.
         steps, most_steps: net-steps by the guess of each net's steps, and with every net at `max_steps`.
         flops: of a net-step.
+        core_rate: net-steps per second of a CPU core, measured here.
     """
 
     nets: int
@@ -28,11 +29,7 @@ class SweepCost:
     steps: float
     most_steps: float
     flops: float
-
-    @property
-    def core_rate(self) -> float:
-        """Net-steps per second of a CPU core."""
-        return CORE_FLOPS / self.flops
+    core_rate: float
 
     @property
     def gpu_rate(self) -> float:
@@ -48,7 +45,8 @@ class SweepCost:
             f"{self.nets:,} nets of {self.parameters:,} parameters, {self.flops:.3g} FLOP per net-step",
             f"net-steps: {self.steps:.3g} guessed from mini runs (t* ~ T P^1.7, a factor 1/dt below alpha 512), "
             f"at most {self.most_steps:.3g} (every net at model.max_steps)",
-            f"a CPU core at {CORE_FLOPS:.0e} FLOP/s: {self.core_rate:,.0f} net-steps/s, {_hours(core)} guessed",
+            f"a CPU core here, measured in a second: {self.core_rate:,.0f} net-steps/s "
+            f"({self.core_rate * self.flops / 1e9:.3g} GFLOP/s), {_hours(core)} guessed",
             f"{gpus} GPUs, each at best {GPU_FLOPS:.0e} FLOP/s and {GPU_BYTES:.0e} bytes/s (not measured): "
             f"{self.gpu_rate * gpus:,.0f} net-steps/s, {_hours(gpu)} guessed, at most {_hours(most)}",
             f"weights with gradients, starts and a step's points: about {16 * self.parameters / 1e6:.3g} MB per net, "
@@ -70,7 +68,7 @@ def is_sweep(name: str) -> bool:
 
 
 def sweep_cost(name: str, overrides: list[str], shape: str | None) -> SweepCost:
-    """Cost of a recipe's grid; nothing is computed.
+    """Cost of a recipe's grid; a stack of its nets takes steps for about a second.
 
     Args:
         name: of the recipe.
@@ -95,4 +93,6 @@ def sweep_cost(name: str, overrides: list[str], shape: str | None) -> SweepCost:
 
 
 def _hours(hours: float) -> str:
+    if hours < 1 / 60:
+        return f"{hours * 3600:.2g} seconds"
     return f"{hours * 60:.2g} minutes" if hours < 1 else f"{hours:,.3g} hours"

@@ -171,6 +171,16 @@ def test_shards_gathered_from_their_files_are_the_whole(whole: Path, tmp_path: P
     assert_same(rows_of(tmp_path), rows_of(whole))
     assert module.sweep is not None
     assert module.sweep.net_steps == 0
+    assert "work/saved" not in module.trainer.callback_metrics
+
+
+def test_work_saved_is_of_the_nets_that_trained_here(whole: Path, tmp_path: Path) -> None:
+    fit(tmp_path / "first", shard=0, shards=3)
+    module = fit(tmp_path, done=[str(tmp_path / "first" / "members.parquet")])
+    here = rows_of(whole).keys() - rows_of(tmp_path / "first").keys()
+    steps = [rows_of(whole)[name]["steps"] for name in here]
+    found = float(module.trainer.callback_metrics["work/saved"])
+    assert found == pytest.approx(1 - sum(steps) / (400 * 16), rel=1e-6)
 
 
 def test_time_to_fit_does_not_depend_on_the_checks(whole: Path, tmp_path: Path) -> None:
@@ -420,6 +430,14 @@ def test_plan_states_the_cost_of_the_papers_phase_diagram(capsys: pytest.Capture
     # 26 x 31 x 9 nets (README of the official code); 6 B n_w FLOP
     assert lines[0] == "sgd_noise/fc5-mnist-phase: 7,254 nets of 166,016 parameters, 1.59e+07 FLOP per net-step"
     assert f"at most {7254 * 4_000_000:.3g} (every net at model.max_steps)" in lines[1]
+    found = re.search(r"measured in a second: ([\d,]+) net-steps/s \((\S+) GFLOP/s\)", lines[2])
+    assert found
+    assert float(found[1].replace(",", "")) * 1.59e7 == pytest.approx(float(found[2]) * 1e9, rel=0.01)
+
+
+def test_full_batches_cost_the_whole_set() -> None:
+    cost = {d: SGDNoise(MLP(8, 2), [0], [0], [64], 8, dynamics=d).cost((16,))["flops"] for d in ("sgd", "gd")}
+    assert cost["gd"] == 64 / 8 * cost["sgd"]
 
 
 # 7. bad input

@@ -62,4 +62,4 @@ def take_points(pool: Tensor, rows: Tensor, out: Tensor) -> Tensor:
     Returns:
         (N, B, ...), a view of `out`: it holds until the next call.
     """
-    return torch.index_select(pool, 0, rows.flatten(), out=out).unflatten(0, rows.shape)
+    return torch.index_select(pool, 0, rows.flatten(), out=out).view(*rows.shape, *pool.shape[1:])

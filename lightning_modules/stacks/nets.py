@@ -69,7 +69,7 @@ def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
     if len(left) == 1 and right.shape[-1] == 1:
         # torch sends a single product to a matrix-vector routine, which adds in another order than those of a stack
         return _scaled_product(left.expand(2, -1, -1), right.expand(2, -1, -1), scale)[:1]
-    return torch.baddbmm(left.new_zeros(1, 1, 1), left, right, beta=0, alpha=scale)
+    return torch.baddbmm(left.new_empty(1, 1, 1), left, right, beta=0, alpha=scale)
 
 
 def forward(weights: list[Tensor], inputs: Tensor, scales: list[float], activation: Activation) -> Tensor:
@@ -120,11 +120,10 @@ def ascend_(
     for layer in range(len(weights) - 1, -1, -1):
         below = None
         if layer:
+            turned, scale = weights[layer].mT, scales[layer - 1]
             # the last layer has one column: a product of outer form
-            back = grad * weights[layer].mT if weights[layer].shape[-1] == 1 else torch.bmm(grad, weights[layer].mT)
+            back = grad * scale * turned if turned.shape[-2] == 1 else _scaled_product(grad, turned, scale)
             below = _back_through(back, before[layer - 1], phi)
-            if scales[layer - 1] != 1:
-                below.mul_(scales[layer - 1])
         weights[layer].baddbmm_(after[layer].mT, grad)
         if below is not None:
             grad = below
@@ -153,7 +152,8 @@ def update_(
     before, after = [], [inputs]
     for weight, scale in zip(weights[:-1], scales[:-1], strict=True):
         before.append(_scaled_product(after[-1], weight, scale))
-        after.append(activate(before[-1], activation))
+        # relu's derivative can be told from its result, so that it needs no memory of its own
+        after.append(before[-1].clamp_min_(0) if activation == "relu" else activate(before[-1], activation))
     output = _scaled_product(after[-1], weights[-1], scales[-1]).squeeze(-1) - offset
     ascend_(weights, before, after, delta_of(output), scales, activation)
     return output

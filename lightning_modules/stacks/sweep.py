@@ -133,23 +133,36 @@ class Sweep:
         if rules.dynamics == "gd_sde":
             noise = counter_normals(keys, self.steps, rules.check, int(count[0])).to(dtype)
         margins, memory = [], p.pool.new_empty(0)
+        seen = [] if picks is None else self._seen(replica, column, lr, picks)
         for step in range(rules.check):
             if picks is None:
                 chosen = self._unfitted(replica, column, keys, self.steps + step, count)
+                ((rows, offset, labels, moves),) = self._seen(replica, column, lr, chosen.unsqueeze(0))
             else:
-                chosen = picks[step]
-            rows, offset = p.rows[replica.unsqueeze(-1), chosen], p.offset[replica.unsqueeze(-1), chosen]
-            labels = p.label[rows]
+                rows, offset, labels, moves = seen[step]
 
-            def delta(output: Tensor, step: int = step, labels: Tensor = labels) -> Tensor:
-                force = descent(column * output * labels, rules.loss)
+            def delta(output: Tensor, step: int = step, labels: Tensor = labels, moves: Tensor = moves) -> Tensor:
+                margins.append(output * labels)
+                force = descent(margins[-1], rules.loss)
                 if noise is not None:
-                    return sde_delta(force, labels, lr, rules.batch, noise[step])
-                return force * labels * (lr / labels.shape[1]).unsqueeze(-1)
+                    return sde_delta(force, labels / column, lr, rules.batch, noise[step])
+                return force.mul_(moves)
 
-            output = self.arch.update_(self.weights, take_points(p.pool, rows, memory), offset, delta)
-            margins.append(column * output * labels)
+            self.arch.update_(self.weights, take_points(p.pool, rows, memory), offset, delta)
         return torch.stack(margins)
+
+    def _seen(self, replica: Tensor, alpha: Tensor, lr: Tensor, picks: Tensor) -> list[tuple[Tensor, ...]]:
+        """For each step rows of the pool, f(w_0, x), alpha y and lr y / B of the points picked, (N, B) each.
+
+        Fetched for all steps at once: a small stack spends its time on calls, not on numbers.
+        """
+        p = self.points
+        # full batches are the same in every step
+        once = picks[:1] if picks.stride(0) == 0 else picks
+        rows, offset = p.rows[replica.unsqueeze(-1), once], p.offset[replica.unsqueeze(-1), once]
+        labels = p.label[rows]
+        found = rows, offset, alpha * labels, labels * (lr / picks.shape[-1]).unsqueeze(-1)
+        return list(zip(*(part.expand(len(picks), -1, -1).unbind() for part in found), strict=True))
 
     def _picks(self, keys: Tensor, count: Tensor) -> Tensor | None:
         """Points (S, N, B) of the burst's steps in each replica's order; None where they depend on the weights."""

@@ -5,12 +5,15 @@ Run: `python -m pytest -s tests/benchmarks/test_stacks.py`.
 
 import itertools
 import statistics
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 from torch import nn
 
+from lightning_modules.sgd_noise import nets_in_cache
 from lightning_modules.stacks.architectures import MLP
 from lightning_modules.stacks.grid import Member, Points, Rules, make_points
 from lightning_modules.stacks.sweep import Sweep
@@ -18,16 +21,17 @@ from lightning_modules.stacks.sweep import Sweep
 SHAPES = ((49, 32, 3), (784, 64, 3))
 STACKS = (16, 64, 256)
 BATCH = 16
+POINTS = 16384
 
 
 class RandomSets:
-    """1,024 points with labels that no net fits soon."""
+    """16,384 points with labels that no net fits soon."""
 
     def __init__(self, dim: int) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.pool = torch.randn(1024, dim, generator=generator)
-        self.label = torch.randn(1024, generator=generator).sign()
-        self.rows = torch.arange(1024).unsqueeze(0)
+        self.pool = torch.randn(POINTS, dim, generator=generator)
+        self.label = torch.randn(POINTS, generator=generator).sign()
+        self.rows = torch.arange(POINTS).unsqueeze(0)
         self.test, self.test_label = self.pool[:256], self.label[:256]
 
 
@@ -36,18 +40,20 @@ def points(arch: MLP, dim: int) -> Points:
     return make_points(arch, RandomSets(dim), starts, [7])
 
 
-def stacked_rate(dim: int, arch: MLP, count: int, seconds: float) -> float:
-    """Net-steps per CPU second of bursts of 50 steps, draws and gathers included."""
-    members = {str(k): Member(0, 2.0**15, 0.01 * (1 + k), 1024) for k in range(count)}
-    sweep = Sweep(arch, Rules(BATCH, 50, 10**9), points(arch, dim), members, count)
+def stacked_rate(dim: int, arch: MLP, count: int, slots: int, bursts: int = 5) -> float:
+    """Net-steps per CPU second of bursts of 100 steps, draws and gathers included."""
+    members = {str(k): Member(0, 2.0**15, 0.01 * (1 + k), POINTS) for k in range(count)}
+    sweep = Sweep(arch, Rules(BATCH, 100, 10**9), points(arch, dim), members, slots)
     sweep.burst()
     before, start = sweep.net_steps, time.process_time()
-    while time.process_time() - start < seconds:
+    for _ in range(bursts):
         sweep.burst()
-    return (sweep.net_steps - before) / (time.process_time() - start)
+    spent = time.process_time() - start
+    assert sweep.alive == count, "a net has left, and the rate is not that of so many"
+    return (sweep.net_steps - before) / spent
 
 
-def single_rate(dim: int, width: int, depth: int, seconds: float) -> float:
+def single_rate(dim: int, width: int, depth: int, steps: int = 500) -> float:
     """The same net as an nn.Module with autograd and torch.optim.SGD."""
     sizes = [dim, *[width] * depth]
     layers: list[nn.Module] = []
@@ -56,33 +62,56 @@ def single_rate(dim: int, width: int, depth: int, seconds: float) -> float:
     net = nn.Sequential(*layers, nn.Linear(width, 1, bias=False))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
     sets, generator = RandomSets(dim), torch.Generator().manual_seed(0)
-    steps, start = 0, time.process_time()
-    while time.process_time() - start < seconds:
-        rows = torch.randperm(1024, generator=generator)[:BATCH]
+    start = time.process_time()
+    for _ in range(steps):
+        rows = torch.randint(POINTS, (BATCH,), generator=generator)
         loss = (1 - net(sets.pool[rows]).squeeze(-1) * sets.label[rows]).relu().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        steps += 1
     return steps / (time.process_time() - start)
 
 
 def test_net_steps_per_cpu_second(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each stack right after the single net, five times; the ratio's median and range."""
     torch.set_num_threads(1)
     lines = []
     for dim, width, depth in SHAPES:
         arch = MLP(width=width, depth=depth)
-        alone = statistics.median(single_rate(dim, width, depth, 1.0) for _ in range(3))
         weights = sum(w.numel() for w in arch.draw((dim,), torch.Generator()))
-        lines.append(f"{dim} inputs, width {width}, depth {depth}: one by one {alone:,.0f} net-steps/CPU-s")
+        room = nets_in_cache(4 * weights)
+        lines.append(f"{dim} inputs, width {width}, depth {depth}: {room} nets in the cache at a time")
         for count in STACKS:
-            rate = statistics.median(stacked_rate(dim, arch, count, 1.0) for _ in range(3))
+            pairs = [
+                (stacked_rate(dim, arch, count, min(count, room)), single_rate(dim, width, depth)) for _ in range(5)
+            ]
+            rate, alone = (statistics.median(column) for column in zip(*pairs, strict=True))
+            ratios = sorted(stack / single for stack, single in pairs)
             lines.append(
-                f"  {count} nets: {rate:,.0f} ({rate / alone:.1f} x), {4 * weights:,} bytes of weights per net, "
-                f"{6 * BATCH * weights * rate / 1e9:.1f} GFLOP/s"
+                f"  {count} nets: {rate:,.0f} net-steps/CPU-s, one by one {alone:,.0f}: {ratios[2]:.1f} times "
+                f"({ratios[0]:.1f} to {ratios[-1]:.1f}), {6 * BATCH * weights * rate / 1e9:.1f} GFLOP/s"
             )
-            if count == 256 and dim == 49:
-                assert rate > 5 * alone
+    with capsys.disabled():
+        print("", *lines, sep="\n")
+
+
+def test_memory_per_net(capsys: pytest.CaptureFixture[str]) -> None:
+    """Highest resident memory of processes with few and with many nets side by side; the slope is a net's."""
+    lines = []
+    for dim, width, depth in SHAPES:
+        few, many = 256, 1280
+        weights = sum(w.numel() for w in MLP(width, depth).draw((dim,), torch.Generator()))
+        code = (
+            "import re, sys; from tests.benchmarks.test_stacks import MLP, stacked_rate; "
+            f"n = int(sys.argv[1]); stacked_rate({dim}, MLP({width}, {depth}), n, n, 2); "
+            "print(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1])"
+        )
+        peak = {
+            n: 1024 * int(subprocess.run([sys.executable, "-c", code, str(n)], capture_output=True, check=True).stdout)
+            for n in (few, many)
+        }
+        measured = (peak[many] - peak[few]) / (many - few)
+        lines.append(f"{dim} inputs: {measured / 1e3:,.0f} kB per net, weights {4 * weights / 1e3:,.0f} kB")
     with capsys.disabled():
         print("", *lines, sep="\n")
 
