@@ -42,7 +42,7 @@ Train and check papers on noise in deep learning.
   lm-eval  RUN --tasks TASK ...    benchmarks of lm-eval on a run's language model
   push     RUN --to OWNER/NAME     a run's adapter to the Hugging Face hub
   prior RECIPE                     checkpoint of a frozen prior, trained on first need
-  effect-map PAPER                 one page: its effect over process, sampling steps and batch
+  effect-map PAPER                 where its effect lives: process, batch, sampling steps
   encode-latents --images FOLDER   shards of VAE latents for the large diffusion recipes
 
 examples:

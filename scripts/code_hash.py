@@ -3,7 +3,7 @@
 import ast
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,16 @@ def code_hash(config: dict[str, Any]) -> str:
     for file in sorted(done):
         digest.update(file.relative_to(SOURCE).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
+
+
+def project_classes(config: dict[str, Any]) -> list[str]:
+    """Class paths of this project that a resolved config names, sorted; all that `code_hash` needs of it."""
+    return sorted({name for name in _class_paths(config) if name.split(".")[0] in PACKAGES})
+
+
+def code_hash_of(classes: Sequence[str]) -> str:
+    """The `code_hash` of a config that names these classes."""
+    return code_hash({"classes": [{"class_path": name} for name in classes]})
 
 
 def _class_paths(value: Any) -> Iterator[str]:

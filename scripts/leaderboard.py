@@ -2,8 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from callbacks.files import write_atomic
@@ -12,61 +12,69 @@ from scripts.claims import Paper, load_paper
 from scripts.errors import UserError
 from scripts.external import FILE as REPORTED
 from scripts.external import External, add_external, read_external
+from scripts.maps import EffectMap, read_maps
 from scripts.markdown import render, summary, tally, verdict_lines
 from scripts.published import publish, read_published
 from scripts.readme import between_markers
 from scripts.records import ClaimResult, Record, evaluate, read_records
 
 DOCS = Path("docs/leaderboard")
-"""In a checkout: published records, reported results and the pages made from them."""
+"""In a checkout: published records and effect maps, reported results and the pages made from them."""
+MAPS = "effect_maps"
 PICTURE = "effects.svg"
 README = Path("README.md")
 
 
 @dataclass(frozen=True)
 class Board:
-    """All papers, what the records say of each of their claims, numbers of others, files that could not be used."""
+    """All papers, what the records say of each of their claims, unusable files, numbers of others, effect maps."""
 
     papers: list[Paper]
     results: list[ClaimResult]
     problems: list[str]
     reported: list[External]
+    maps: list[EffectMap] = field(default_factory=list)
 
 
-def judge(records: Sequence[Record], problems: Sequence[str], reported: Sequence[External] = ()) -> Board:
-    """Judges every claim of every paper from these records."""
+def judge(
+    records: Sequence[Record], problems: Sequence[str], reported: Sequence[External] = (), maps: Iterable[Path] = ()
+) -> Board:
+    """Judges every claim of every paper from these records, and reads these files of effect maps."""
     papers = [load_paper(slug) for slug in recipes.papers()]
     of_paper: dict[str, list[Record]] = {}
     for record in records:
         of_paper.setdefault(record.run[0].partition("/")[0], []).append(record)
     results = [evaluate(claim, of_paper.get(paper.slug, ())) for paper in papers for claim in paper.claims]
-    return Board(papers, results, list(problems), list(reported))
+    found, broken = read_maps(sorted(maps), [paper.slug for paper in papers])
+    return Board(papers, results, [*problems, *broken], list(reported), found)
 
 
 def board_of_runs(runs: Path) -> Board:
-    """What the records in a folder of runs say.
+    """What the records and effect maps in a folder of runs say.
 
     Raises:
         UserError: the folder cannot be read.
     """
-    return judge(*read_records(runs))
+    return judge(*read_records(runs), maps=runs.glob("*/effect_map.json"))
 
 
 def board_of_docs(docs: Path) -> Board:
-    """What the published records say, beside reported results."""
+    """What the published records say, beside reported results and published effect maps."""
     reported = read_external(docs / REPORTED) if (docs / REPORTED).exists() else []
-    return judge(*read_published(docs / "records"), reported)
+    return judge(*read_published(docs / "records"), reported, (docs / MAPS).glob("*.json"))
 
 
 def write_pages(board: Board, target: Path, option: str) -> Path:
-    """Writes index.html and a page for each paper to `target`; returns the index. Adds broken curves to the problems.
+    """Writes index.html, a page for each paper and one of all maps to `target`; returns the index.
+
+    Adds broken curves to the problems.
 
     Raises:
         UserError: a page cannot be written; names `option`.
     """
     from scripts import page  # with Matplotlib and Jinja2, which `list` and `--help` need not load
 
-    pages, broken = page.render(board.papers, board.results, board.problems, target, board.reported)
+    pages, broken = page.render(board.papers, board.results, board.problems, target, board.reported, board.maps)
     board.problems.extend(broken)
     for file, text in pages.items():
         _write(file, text, option)
@@ -121,6 +129,15 @@ def _publish(results: Sequence[ClaimResult], reported: Path | None, force: bool)
     if results:
         chosen = {record.path: record for result in results for record in result.records}
         print(f"published {len(publish(list(chosen.values()), DOCS / 'records', force))} records")
+    return write_committed()
+
+
+def write_committed() -> list[str]:
+    """Writes pages, README's table and picture of a checkout from what is published; returns unusable files.
+
+    Raises:
+        UserError: one cannot be written.
+    """
     board = board_of_docs(DOCS)
     old = README.read_text()
     picture = DOCS / PICTURE

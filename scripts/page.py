@@ -26,6 +26,7 @@ from scripts.aggregate import Aggregate, HolmVerdict, aggregate, holm_verdicts, 
 from scripts.claims import Paper
 from scripts.errors import UserError
 from scripts.external import External
+from scripts.maps import EffectMap
 from scripts.markdown import MEANINGS, mean_sd
 from scripts.pictures import Picture, read_pictures
 from scripts.records import ClaimResult
@@ -35,6 +36,9 @@ from scripts.verdicts import VERDICTS
 TEMPLATES = Path(__file__).parent / "templates"
 SIGNS = dict(zip(VERDICTS, ("✓", "✕", "?", "○"), strict=True))
 """Verdicts are told apart by word and sign, colour only helps."""
+
+RESERVED = {"index", "effect_map"}
+"""Pages that are no paper's."""
 
 COLUMNS = (
     ("verdict", "Verdict", False),
@@ -68,10 +72,12 @@ def render(
     problems: Sequence[str],
     target: Path,
     external: Sequence[External] = (),
+    maps: Sequence[EffectMap] = (),
 ) -> tuple[dict[Path, str], list[str]]:
-    """Text of index.html and of <slug>.html for each paper; depends on the arguments and Matplotlib's version alone.
+    """Text of index.html, of <slug>.html for each paper and, if there are maps, of effect_map.html.
 
-    Charts that an earlier page in `target` holds already are taken from there.
+    It depends on the arguments, on recipes and code (what is stale) and on Matplotlib's version alone. Charts that an
+    earlier page in `target` holds already are taken from there.
 
     Args:
         papers: all papers, in the order shown.
@@ -79,15 +85,17 @@ def render(
         problems: records that could not be used, one line each.
         target: folder of the pages; links to records are relative to it.
         external: reported numbers; shown as such, in a section of their own.
+        maps: effect maps of some of the papers, at most one each.
 
     Returns:
         The pages, index first, and problems found on the way: curves that cannot be read.
 
     Raises:
-        UserError: a paper's slug is `index`.
+        UserError: a paper's slug is `index` or `effect_map`.
     """
-    if any(paper.slug == "index" for paper in papers):
-        raise UserError("a paper's folder must not be named 'index': index.html is the page of all papers")
+    if taken := {paper.slug for paper in papers} & RESERVED:
+        name = taken.pop()
+        raise UserError(f"a paper's folder must not be named {name!r}: {name}.html is a page of all papers")
     broken: list[str] = []
     holm = dict(zip(map(id, results), holm_verdicts(results), strict=True))
     shown: dict[str, list[ClaimView]] = {}
@@ -125,6 +133,7 @@ def render(
             holm=_holm_lines(list(holm.values())),
             aggregates=[found for scale in _tallies(results) for found in _aggregate(results, scale)],
             external=external,
+            maps=maps,
             problems=known,
             num_records=len({record.path for result in results for record in result.records}),
         )
@@ -137,7 +146,12 @@ def render(
             pictures=pictures[paper.slug],
             scales=_by_scale(shown[paper.slug]),
             recipes=views.recipe_rows(paper.slug),
+            map=next((found for found in maps if found.paper == paper.slug), None),
             problems=[problem for problem in known if f"/{paper.slug}/" in problem],
+        )
+    if maps:
+        pages[target / "effect_map.html"] = environment.get_template("effect_map.html").render(
+            maps=maps, titles={paper.slug: paper.title for paper in papers}
         )
     return pages, broken
 
@@ -162,12 +176,14 @@ def _environment(target: Path) -> jinja2.Environment:
         "mean_sd": mean_sd,
         "short": lambda value: _minus(f"{value:.4g}"),
         "signed": lambda value: _minus(f"{value:+.4g}"),
+        "brief": lambda value: _minus(f"{value:+.{0 if abs(value) >= 100 else 2}f}"),
         "seconds": lambda value: f"{value:,.0f}",
         "utc": lambda text: re.sub(r"^(\d{4}-\d\d-\d\d)T(\d\d:\d\d).*\+00:00$", r"\1 \2 UTC", text),
         "slug": lambda name: name.replace(" ", "-"),
         "page": lambda slug: quote(f"{slug}.html"),
         "reported": _reported,
         "commit": views.commit,
+        "commit_of": views.commit_of,
         "href": functools.partial(views.href, target=target),
     }
     environment.tests["web_address"] = lambda url: str(url).lower().startswith(("https://", "http://"))

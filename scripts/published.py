@@ -53,7 +53,7 @@ def publish(records: Sequence[Record], target: Path, force: bool = False) -> lis
         file = _file_of(record, target)
         if file not in chosen or record.rank > chosen[file].rank:
             chosen[file] = record
-    refused = [f"{r.path}: {', '.join(reasons)}" for r in chosen.values() if (reasons := _doubts(r))]
+    refused = [f"{r.path}: {', '.join(reasons)}" for r in chosen.values() if (reasons := doubts(r) + _overridden(r))]
     if refused and not force:
         lines = "\n  ".join(refused)
         raise UserError(
@@ -121,6 +121,22 @@ def curves_of(record: Record) -> Curves:
     return {key: [math.nan if value is None else float(value) for value in values] for key, values in curves.items()}
 
 
+def doubts(record: Record) -> list[str]:
+    """Why others could not repeat or should not trust the run; empty for one that is fit to be published."""
+    git = record.data.get("git")
+    git = git if isinstance(git, dict) else {}
+    found = []
+    if not git.get("commit"):
+        found.append("unknown commit")
+    elif git.get("dirty") is not False:
+        found.append("from a tree with changes that are in no commit")
+    if record.failed_from_outside:  # one that diverged is a result, and stays in
+        found.append(f"{record.data['status']} ({record.data.get('reason')})")
+    if record.stale:
+        found.append("stale: recipe or code have changed since")
+    return found
+
+
 def thin(curves: Curves, points: int = POINTS) -> Curves:
     """The same curves at no more than so many epochs, about evenly spaced.
 
@@ -158,22 +174,10 @@ def _file_of(record: Record, target: Path) -> Path:
     return target / slug / name / config_hash / f"seed{seed}.json"
 
 
-def _doubts(record: Record) -> list[str]:
-    """Why others could not repeat or should not trust the run."""
-    git = record.data.get("git")
-    git = git if isinstance(git, dict) else {}
-    doubts = []
-    if not git.get("commit"):
-        doubts.append("unknown commit")
-    elif git.get("dirty") is not False:
-        doubts.append("from a tree with changes that are in no commit")
-    if record.failed_from_outside:  # one that diverged is a result, and stays in
-        doubts.append(f"{record.data['status']} ({record.data.get('reason')})")
-    if record.stale:
-        doubts.append("stale: recipe or code have changed since")
-    if record.data["overrides"]:
-        doubts.append(f"other settings than its recipe's: {' '.join(map(str, record.data['overrides']))}")
-    return doubts
+def _overridden(record: Record) -> list[str]:
+    """Why the run says nothing of its recipe as it stands."""
+    words = record.data["overrides"]
+    return [f"other settings than its recipe's: {' '.join(map(str, words))}"] if words else []
 
 
 def _disagreement(file: Path, data: dict[str, Any]) -> str | None:

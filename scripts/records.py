@@ -183,7 +183,7 @@ def load_records(
             continue
         name, config = data["recipe"], data["config_hash"]
         if name not in recipe_hashes:
-            recipe_hashes[name] = _current_recipe_hash(name)
+            recipe_hashes[name] = current_recipe_hash(name)
         if config not in code_hashes:
             code_hashes[config] = code_hash(data["config"])
         stale = (data["recipe_hash"], data["code_hash"]) != (recipe_hashes[name], code_hashes[config])
@@ -269,7 +269,7 @@ def _value(claim: Claim, record: Record | None, metric: str) -> float | None:
     return record.metrics[metric]
 
 
-def _current_recipe_hash(name: str) -> str | None:
+def current_recipe_hash(name: str) -> str | None:
     """Hash of the recipe as it is now; None if it is gone or broken."""
     try:
         return recipes.recipe_hash(recipes.ROOT / f"{name}.yaml")

@@ -105,8 +105,13 @@ def places(records: Iterable[Record], field: str) -> list[Place]:
 
 
 def commit(record: Record) -> str:
+    """The record's commit, see `commit_of`."""
+    return commit_of(record.data.get("git"))
+
+
+def commit_of(state: Any) -> str:
     """`dac409390ed9`, with ` (uncommitted changes)` for a dirty tree; `unknown` without a commit."""
-    git = mapping(record.data.get("git"))
+    git = mapping(state)
     name = git.get("commit")
     if not isinstance(name, str) or not name:
         return "unknown"

@@ -11,6 +11,7 @@ from paper_room import CLEAN, add_arms, add_curves, add_record, claim, write_pap
 
 from scripts import leaderboard, recipes
 from scripts.external import External
+from scripts.maps import Cell, EffectMap
 
 pytestmark = pytest.mark.browser
 
@@ -20,6 +21,34 @@ CLAIMS = (
     claim(id="near", text="The metric exceeds a threshold", control=None, threshold=0.80, margin=0.01),
     claim(id="full", text="The same at full scale", scale="paper", treatment="full.yaml", seeds=[0, 1]),
 )
+
+RATIOS = (0.4, 0.6, 0.8, 1.0, 1.2, 1.6, 3.0)
+
+
+def effect_map() -> EffectMap:
+    """A map with every colour, a cell whose seeds disagree, one that diverged; stale, as its grid is nowhere."""
+    values = [(ratio, ratio) for ratio in RATIOS] + [(0.2, 1.9), (0.2, float("nan"))]
+    return EffectMap(
+        paper="toy",
+        title="FD of the method minus FD of the control",
+        metric="fd/nfe{nfe}",
+        command="noisebench effect-map toy --seeds 0..1",
+        steps=None,
+        seeds=[0, 1],
+        rows={"flow": {"treatment": "mini", "control": "mini-ce"}},
+        batches=[8, 16, 32],
+        nfes=[2, 5, 20],
+        grid_hash="0123456789ab",
+        recipes={},
+        git=[CLEAN],
+        cpu_seconds=120.0,
+        finished_at="2026-01-01T00:00:00+00:00",
+        cells=[
+            Cell("flow", batch, nfe, tuple(95 * value for value in values[3 * y + x]), (95.0, 95.0))
+            for y, batch in enumerate((8, 16, 32))
+            for x, nfe in enumerate((2, 5, 20))
+        ],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +68,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         broken = add_record(runs, "mini", 7, 0.8)
         broken.write_text("{")
         reported = External("toy", "beats", None, "test/acc_last", 0.9, 0.7, "Smith 2021", "https://example.org")
-        board = dataclasses.replace(leaderboard.board_of_runs(runs), reported=[reported])
+        board = dataclasses.replace(leaderboard.board_of_runs(runs), reported=[reported], maps=[effect_map()])
         leaderboard.write_pages(board, folder / "pages", "--runs")
     return folder / "pages"
 
@@ -95,7 +124,7 @@ def head(chromium: Any, key: str) -> Any:
     return chromium.find_element("css selector", f"th[data-key={key}] button")
 
 
-@pytest.mark.parametrize("name", ["index.html", "toy.html", "other.html"])
+@pytest.mark.parametrize("name", ["index.html", "toy.html", "other.html", "effect_map.html"])
 def test_nothing_in_the_console(chromium: Any, site: Path, name: str) -> None:
     opened(chromium, site / name)
     assert chromium.get_log("browser") == []
@@ -168,7 +197,7 @@ def test_odd_address_shows_all(chromium: Any, site: Path, state: str) -> None:
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("name", ["index.html", "toy.html", "other.html"])
+@pytest.mark.parametrize("name", ["index.html", "toy.html", "other.html", "effect_map.html"])
 def test_page_never_scrolls_sideways(chromium: Any, site: Path, name: str, width: int) -> None:
     opened(chromium, site / name, width=width)
     chromium.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
@@ -183,6 +212,12 @@ def test_whole_table_fits_at_1280(index: Any) -> None:
     assert index.execute_script(script) == 0
 
 
+def test_map_fits_a_telephone(chromium: Any, site: Path) -> None:
+    opened(chromium, site / "effect_map.html", width=390)
+    script = "const box = document.querySelector('.map').parentElement; return box.scrollWidth - box.clientWidth"
+    assert chromium.execute_script(script) == 0
+
+
 def luminance(channels: list[float]) -> float:
     """WCAG 2 relative luminance of an sRGB colour, 0 to 255 each."""
     linear = [c / 255 / 12.92 if c <= 10.31 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in channels]
@@ -190,7 +225,7 @@ def luminance(channels: list[float]) -> float:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["index.html", "toy.html"])
+@pytest.mark.parametrize("name", ["index.html", "toy.html", "effect_map.html"])
 def test_text_has_contrast_aa(chromium: Any, site: Path, name: str, scheme: str) -> None:
     opened(chromium, site / name, scheme=scheme)
     script = """
