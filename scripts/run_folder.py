@@ -1,6 +1,7 @@
 """The folder of a run: one process at a time trains there, and nothing already written is lost."""
 
 import fcntl
+import json
 import os
 import shutil
 import socket
@@ -68,3 +69,11 @@ def claim_folder(folder: Path, ckpt_path: str | None, resume: bool, overwrite: b
         raise UserError(f"--runs: cannot write {folder}: {error}") from error
     if not os.access(folder, os.W_OK):
         raise UserError(f"--runs: cannot write {folder}: permission denied")
+
+
+def has_finished(folder: Path) -> bool:
+    """Whether the record in a run's folder says that it came to its end."""
+    try:
+        return json.loads((folder / "record.json").read_text())["status"] == "finished"
+    except (OSError, ValueError, KeyError):
+        return False

@@ -42,7 +42,7 @@ from scripts.options import (
     split_config_options,
     without_options,
 )
-from scripts.run_folder import claim_folder, lock_run
+from scripts.run_folder import claim_folder, has_finished, lock_run
 
 # `--trainer.limit_train_batches 1` is one batch, 1.0 all of them. `typing` keeps one object for both orders of
 # Optional[Union[int, float]]: without this, the order of other imports would decide which type is tried first.
@@ -209,6 +209,11 @@ class RecipeCLI(LightningCLI):
             self.ckpt_path = own_checkpoint(self.folder / "checkpoints", self.code_hash, self._option("fallback"))
         if writes:
             claim_folder(self.folder, self.ckpt_path, self.resume, self._option("overwrite"))
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """As LightningCLI; a finished run is left alone, for its record names the commit that trained it."""
+        if subcommand != "fit" or not (self.resume and self.ckpt_path and has_finished(self.folder)):
+            super()._run_subcommand(subcommand)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Adds the callbacks that every run has, and the W&B mirror."""

@@ -60,3 +60,13 @@ def test_fit_refuses_a_folder_in_use_and_touches_nothing(tmp_path: Path, capsys:
     assert f"{record.parent} is in use by process {os.getpid()}" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in record.parent.rglob("*")} == before
     assert main([*SMALL, "--runs", str(tmp_path), "--overwrite", "true"]) == 0
+
+
+def test_resume_of_a_finished_run_leaves_its_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The record names the commit that trained the run, not the one from which somebody looked at it again."""
+    assert main([*SMALL, "--runs", str(tmp_path)]) == 0
+    (record,) = tmp_path.rglob("record.json")
+    before = {path: path.read_bytes() for path in record.parent.rglob("*") if path.is_file()}
+    assert main([*SMALL, "--runs", str(tmp_path), "--resume", "true"]) == 0
+    assert {path: path.read_bytes() for path in record.parent.rglob("*") if path.is_file()} == before
+    assert f"run finished: {record.parent}" in capsys.readouterr().out
