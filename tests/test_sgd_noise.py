@@ -440,6 +440,44 @@ def test_full_batches_cost_the_whole_set() -> None:
     assert cost["gd"] == 64 / 8 * cost["sgd"]
 
 
+class ManyBlobs(ImageSource):
+    """Pictures of noise, as many and as large as asked for."""
+
+    def __init__(self, shape: tuple[int, int, int], count: int) -> None:
+        self.shape, self.count = shape, count
+
+    def read(self) -> ImageSets:
+        """`count` for training, 200 for tests."""
+        images = torch.randint(256, (self.count + 200, *self.shape), generator=torch.Generator().manual_seed(0)).byte()
+        labels = torch.arange(len(images)) % 10
+        return ImageSets(images[:-200], labels[:-200], images[-200:], labels[-200:], 10)
+
+
+PAPER = [path for path in recipes.recipe_files("sgd_noise") if path.stem.startswith(("fc5", "mnas", "perceptron"))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_grid_of_the_paper_takes_steps_and_leaves_rows(path: Path, tmp_path: Path) -> None:
+    """The recipe's nets, batches and rules, on a part of the grid and few points: two bursts of two steps."""
+    model, data = (settings(path)[part]["init_args"] for part in ("model", "data"))
+    kind = model["stack"]["class_path"].rsplit(".", 1)
+    stack = getattr(__import__(kind[0], fromlist=[kind[1]]), kind[1])(**model["stack"]["init_args"])
+    small = {"check": 2, "max_steps": 4, "kernel_points": 8, "train_sizes": [128], "replicas": 1}
+    shards = len(model["log2_alphas"]) * len(model["log2_lrs"]) // 3
+    module = SGDNoise(**{**model, **small, "stack": stack, "shards": shards})
+    source = ManyBlobs((3, 32, 32) if "CIFAR" in str(data.get("source")) else (1, 28, 28), 128)
+    points = SignPoints(**data) if "dim" in data else PictureClasses(**{**data, "source": source, "num_test": 100})
+    trainer = L.Trainer(
+        max_epochs=-1, accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path
+    )
+    trainer.fit(module, datamodule=points)
+    rows = rows_of(tmp_path).values()
+    assert {row["steps"] for row in rows} == {4}
+    assert len(rows) >= 3
+    assert all(row["dw"] > 0 for row in rows if row["status"] != "diverged")
+
+
 # 7. bad input
 
 
