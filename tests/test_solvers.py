@@ -1,4 +1,4 @@
-"""DPM-Solver++ 2S and 3M, adaptive Dormand-Prince: diffusers, orders of convergence, cost."""
+"""DPM-Solver++ 2S and 3M, PLMS, adaptive Dormand-Prince: diffusers, orders of convergence, cost."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,8 @@ from gaussian_model import GaussianAtWork
 from torch import Tensor
 
 from lightning_modules.diffusion import grids
-from lightning_modules.diffusion.processes import DDPMLinear, LinearFlow, TrigFlow
+from lightning_modules.diffusion.plms import PLMS, LeadingFromOne
+from lightning_modules.diffusion.processes import DDPMLinear, LinearFlow, ScaledLinear, TrigFlow
 from lightning_modules.diffusion.samplers import DDIM, Sampler
 from lightning_modules.diffusion.solvers import Dopri5, DPMSolver2S, DPMSolver3M, exponential_step
 
@@ -94,3 +95,33 @@ def test_bad_settings_are_named() -> None:
         Dopri5(rtol=0)
     with pytest.raises(ValueError, match="Dopri5 needs a continuous process, got DDPMLinear"):
         Dopri5()(GaussianAtWork(DDPMLinear()), start(1, 1), torch.tensor([999, -1]))
+
+
+def test_plms_with_its_times_equals_an_installed_diffusers() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    options = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    theirs = diffusers.PNDMScheduler(skip_prk_steps=True, set_alpha_to_one=False, **options)
+    theirs.set_timesteps(20)
+    process = ScaledLinear()
+    denoiser, sampler = GaussianAtWork(process), PLMS()
+    x = start(4, 1, 4, 4)
+    ours, nfe = sampler(denoiser, x, LeadingFromOne()(process, sampler.steps_for(21)))
+    for step in theirs.timesteps:
+        x = theirs.step(denoiser(x, step).eps, step, x).prev_sample.double()
+    # its tables are float32
+    torch.testing.assert_close(ours, x, rtol=0, atol=2e-5)
+    assert nfe == len(theirs.timesteps) == 21
+
+
+def test_plms_forgets_the_last_trajectory() -> None:
+    process = ScaledLinear()
+    denoiser, sampler, z = GaussianAtWork(process), PLMS(), start(2, 1, 4, 4)
+    grid = LeadingFromOne()(process, 10)
+    assert torch.equal(sampler(denoiser, z, grid)[0], sampler(denoiser, z, grid)[0])
+
+
+def test_plms_names_what_it_cannot_do() -> None:
+    with pytest.raises(ValueError, match=r"PLMS needs at least 2 evaluations, got 1 in evaluation.nfes"):
+        PLMS().steps_for(1)
+    with pytest.raises(ValueError, match=r"LeadingFromOne counts indices .* got LinearFlow"):
+        LeadingFromOne()(LinearFlow(), 20)
