@@ -17,6 +17,7 @@ import pytest
 import torch
 from slurm_cluster import NODES, cluster, missing_programs
 
+from lightning_modules.stacks.table import read_members
 from scripts.consolidate import consolidate
 
 ROOT = Path(__file__).parents[1]
@@ -205,6 +206,23 @@ def test_array_of_three_seeds_gives_three_records(jobs: Cluster, tmp_path: Path)
     assert jobs.wait(job, "COMPLETED", "FAILED", "COMPLETED,FAILED") == "COMPLETED", output(tmp_path)
     records = [json.loads(path.read_text()) for path in tmp_path.glob("elr/mini-sym40/*/seed*/record.json")]
     assert sorted((r["seed"], r["status"]) for r in records) == [(k, "finished") for k in range(3)]
+
+
+def test_parts_of_a_grid_from_an_array_are_gathered_as_the_whole(jobs: Cluster, tmp_path: Path) -> None:
+    recipe, quiet = "sgd_noise/mini-perceptron-chi1", ["--trainer.callbacks", "null", *QUIET]
+    grid = ["--model.train_sizes", "[32,64]", "--data.dim", "4", *quiet]
+    words = [sys.executable, "-m", "scripts", "submit", recipe, "--runs", str(tmp_path / "parts"), *PLACE]
+    words += ["--time", "10", "--sweep", "model.shard=0,1,2", "--", "--model.shards", "3", *grid]
+    found = re.match(r"job (\d+) is submitted", jobs.call(*words).stdout)
+    assert found
+    assert jobs.wait(found[1], "COMPLETED", "FAILED", "COMPLETED,FAILED") == "COMPLETED"
+    parts = [str(path) for path in tmp_path.glob("parts/sgd_noise/*/*/seed0/members.parquet")]
+    fit = [sys.executable, "-m", "scripts", "fit", "--config", recipe, *grid, "--runs"]
+    jobs.call(*fit, str(tmp_path / "whole"))
+    jobs.call(*fit, str(tmp_path / "gathered"), "--model.done", json.dumps(parts))
+    whole, gathered = (next((tmp_path / name).rglob("members.parquet")) for name in ("whole", "gathered"))
+    assert len(parts) == 3
+    assert read_members([str(gathered)]) == read_members([str(whole)])
 
 
 def test_cancelled_job_leaves_a_folder_that_resumes(jobs: Cluster, undisturbed: Path, tmp_path: Path) -> None:
