@@ -289,7 +289,7 @@ class ConsistencyModule(DiffusionModule):
         self.log("consistency/target_decay", self._decay())
 
     def _num_levels(self) -> int:
-        return num_levels(min(self._steps, self._total), self._total, self.first_levels, self.last_levels)
+        return num_levels(self._steps, self._total, self.first_levels, self.last_levels)
 
     def _decay(self) -> float:
         return following_decay(self._num_levels(), self.first_levels, self.target_decay)
