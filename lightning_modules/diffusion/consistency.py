@@ -137,7 +137,8 @@ class BoundaryPreconditioner(Preconditioner):
 class ConsistencySampler(Sampler):
     """Maps to the clean end, adds fresh noise up to the next level of the grid, and again; one step needs no noise.
 
-    With the default grid the levels of n evaluations are u = 1, (n - 1) / n, ..., 1 / n; the official code searches for better ones.
+    With the default grid the levels of n evaluations are u = 1, (n - 1) / n, ..., 1 / n; the official code searches for
+    better ones.
 
     Args:
         clip: clamp the clean ends to [-1, 1], as the official code does.
