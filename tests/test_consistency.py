@@ -353,6 +353,16 @@ def test_probe_is_the_mean_difference_on_the_finest_grid() -> None:
     assert float(model._probes[""].means()["loss"]) == pytest.approx(float(expected), rel=1e-4)
 
 
+def test_probe_takes_the_averaged_weights_and_the_trained_ones_as_raw() -> None:
+    model = module()
+    model.on_validation_epoch_start()
+    with torch.no_grad():
+        model.average.module.last.bias.fill_(100.0)  # c_out changes between neighbours, so they disagree
+    model._probe({"image": torch.zeros(8, 1, 8, 8), "index": torch.arange(8)})
+    averaged, raw = (float(model._probes[name].means()["loss"]) for name in ("", "_raw"))
+    assert averaged > 10 * raw
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
