@@ -26,7 +26,7 @@ COUNTS = {
     "deep_linear": 6,
     "dtr": 18,
     "elr": 68,
-    "immiscible": 20,
+    "immiscible": 26,
     "local_complexity": 13,
     "noisefit": 54,
     "nm_sparsity": 79,
