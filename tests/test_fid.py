@@ -10,10 +10,11 @@ import torch
 from synthetic import SyntheticImages
 from torch import Tensor, nn
 
-from callbacks.fid import FID, to_uint8
+from callbacks.fid import FID, _Outputs, to_uint8
 from datamodules.images import ImageData
 from lightning_modules.diffusion.evaluation import SampleEvaluation
 from lightning_modules.diffusion.frechet import Moments, frechet_distance, moments
+from lightning_modules.diffusion.manifold import precision_recall
 from lightning_modules.diffusion.module import DiffusionModule
 from lightning_modules.diffusion.processes import LinearFlow
 from lightning_modules.diffusion.samplers import FlowSampler
@@ -118,6 +119,33 @@ def test_pictures_are_clipped_and_truncated() -> None:
     assert to_uint8(torch.tensor([-2.0, -1.0, 0.0, 0.999, 3.0])).tolist() == [0, 0, 128, 255, 255]
 
 
+def test_others_are_those_of_the_samples_features(reference: Path) -> None:
+    model, trainer = fit(FID(str(reference), others=True, feature=Means()))
+    real = Means()(torch.from_numpy(pictures()).permute(0, 3, 1, 2))
+    made = Means()(to_uint8(model.evaluation.sample(model.denoiser(), model.image_shape, 0, 2)))
+    found = [float(trainer.callback_metrics[f"{name}/nfe2"]) for name in ("precision", "recall")]
+    assert found == pytest.approx(precision_recall(real, made))
+    assert "is/nfe2" not in trainer.callback_metrics
+
+
+def test_inception_gives_features_and_logits_of_one_pass(
+    reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inception with random weights, as the true ones have to be fetched."""
+    kind = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
+    monkeypatch.setattr(kind, "load_state_dict", lambda self, weights: None)
+    torch.save({}, tmp_path / "none.pth")
+    torch.manual_seed(0)
+    outputs = _Outputs(2048, str(tmp_path / "none.pth"))
+    batch = torch.from_numpy(pictures()[:4]).permute(0, 3, 1, 2)
+    features = outputs(batch)
+    assert features.shape == (4, 2048)
+    torch.testing.assert_close(features, outputs.net(batch))
+    kept, logits = outputs.last
+    assert torch.equal(kept, features)
+    torch.testing.assert_close(logits, features @ outputs.net.fc.weight.T)
+
+
 def test_measuring_does_not_move_training(reference: Path) -> None:
     with_fid, _ = fit(FID(str(reference), every=2, feature=Means()))
     without, _ = fit(FID(str(reference), feature=Means()))
@@ -132,6 +160,12 @@ def test_missing_parts_are_found_before_training(reference: Path, monkeypatch: p
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     with pytest.raises(ValueError, match=r"needs torch-fidelity: pip install 'noisebench\[fid\]'"):
         fit(FID(str(reference)))
+
+
+def test_others_need_pictures(tmp_path: Path) -> None:
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(2), sigma=np.eye(2))
+    with pytest.raises(ValueError, match=r"fid.others needs pictures in fid.reference, .*stats.npz has none"):
+        fit(FID(str(tmp_path / "stats.npz"), others=True, feature=Means()))
 
 
 def test_file_without_statistics_is_refused(tmp_path: Path) -> None:
