@@ -4,10 +4,13 @@ Run: `python -m pytest -s tests/benchmarks/test_stacks.py`.
 """
 
 import itertools
+import os
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,16 +102,20 @@ def test_memory_per_net(capsys: pytest.CaptureFixture[str]) -> None:
     """Highest resident memory of processes with few and with many nets side by side; the slope is a net's."""
     lines = []
     for dim, width, depth in SHAPES:
-        few, many = 256, 1280
+        # far enough apart that the interpreter's own memory, which varies, does not count
+        few, many = (1024, 4096) if dim == 49 else (256, 1024)
         weights = sum(w.numel() for w in MLP(width, depth).draw((dim,), torch.Generator()))
         code = (
-            "import re, sys; from tests.benchmarks.test_stacks import MLP, stacked_rate; "
-            f"n = int(sys.argv[1]); stacked_rate({dim}, MLP({width}, {depth}), n, n, 2); "
+            "import re, sys; from test_stacks import MLP, stacked_rate; "
+            f"n = int(sys.argv[1]); stacked_rate({dim}, MLP({width}, {depth}), n, n, 1); "
             "print(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1])"
         )
+        # what is freed goes back at once, so that the peak is of memory in use
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+        options: dict[str, Any] = {"cwd": Path(__file__).parent, "env": environment}
+        options |= {"capture_output": True, "check": True}
         peak = {
-            n: 1024 * int(subprocess.run([sys.executable, "-c", code, str(n)], capture_output=True, check=True).stdout)
-            for n in (few, many)
+            n: 1024 * int(subprocess.run([sys.executable, "-c", code, str(n)], **options).stdout) for n in (few, many)
         }
         measured = (peak[many] - peak[few]) / (many - few)
         lines.append(f"{dim} inputs: {measured / 1e3:,.0f} kB per net, weights {4 * weights / 1e3:,.0f} kB")
