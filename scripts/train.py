@@ -212,7 +212,9 @@ class RecipeCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """As LightningCLI; a finished run is left alone, for its record names the commit that trained it."""
-        if subcommand != "fit" or not (self.resume and self.ckpt_path and has_finished(self.folder)):
+        # from an earlier checkpoint, in the place of a broken last one, it has steps to do
+        at_end = self.resume and self.ckpt_path and Path(self.ckpt_path).name == "last.ckpt"
+        if subcommand != "fit" or not (at_end and has_finished(self.folder)):
             super()._run_subcommand(subcommand)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:

@@ -247,11 +247,15 @@ def test_settings_are_accepted(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_
         assert {key: found[key] for key in numbers} == numbers
 
 
+CALM = {f"sgd_noise/mini-depth{depth}": ["--model.log2_alphas", "[-4, 0]", "--model.log2_lrs", "[-1, 0]"] for depth in (3, 5)}
+"""Nets near the edge of divergence make another loss of each rounding: these recipes are taken far from it."""
+
+
 @pytest.mark.parametrize("path", [p for p in RECIPES if p.name.startswith("mini")], ids=name_of)
 def test_first_losses_of_mini_recipes(path: Path, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     words = ["--config", str(path), "--runs", str(tmp_path), "--trainer.max_epochs", "1", *QUIET]
-    words += ["--trainer.limit_train_batches", "3", "--trainer.limit_val_batches", "1"]
+    words += ["--trainer.limit_train_batches", "3", "--trainer.limit_val_batches", "1", *CALM.get(name_of(path), [])]
     assert main(["fit", *words]) == 0
     (record,) = tmp_path.glob("*/*/*/seed*/record.json")
     facts = json.loads(record.read_text())
