@@ -247,7 +247,10 @@ def test_settings_are_accepted(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_
         assert {key: found[key] for key in numbers} == numbers
 
 
-CALM = {f"sgd_noise/mini-depth{depth}": ["--model.log2_alphas", "[-4, 0]", "--model.log2_lrs", "[-1, 0]"] for depth in (3, 5)}
+CALM = {
+    f"sgd_noise/mini-depth{depth}": ["--model.log2_alphas", "[-4, 0]", "--model.log2_lrs", "[-1, 0]"]
+    for depth in (3, 5)
+}
 """Nets near the edge of divergence make another loss of each rounding: these recipes are taken far from it."""
 
 
