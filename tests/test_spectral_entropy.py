@@ -222,7 +222,7 @@ def test_no_hook_is_left_and_values_have_no_gradient(tmp_path: Path) -> None:
     seen: list[Tensor] = []
     callback = entropy()
     measure = callback._measure
-    callback._measure = lambda points: seen.extend(points.values()) or measure(points)  # type: ignore
+    callback._measure = lambda points: seen.extend(points.values()) or measure(points)  # type: ignore[method-assign,func-returns-value]
     trainer = fit(tmp_path, [callback], epochs=1)
     assert not any(layer._forward_hooks for layer in trainer.lightning_module.modules())
     assert seen
@@ -233,7 +233,7 @@ def test_epochs_between_measurements(tmp_path: Path) -> None:
     callback = entropy(every_n_epochs=2)
     count: list[int] = []
     measure = callback._measure
-    callback._measure = lambda points: count.append(1) or measure(points)  # type: ignore
+    callback._measure = lambda points: count.append(1) or measure(points)  # type: ignore[method-assign,func-returns-value]
     fit(tmp_path, [callback], epochs=5)
     assert len(count) == 2
 
@@ -283,7 +283,7 @@ def parallel_run(out: Path, devices: int) -> None:
     callback = entropy(inputs="image", num_clusters=3)
     computed: list[int] = []
     measure = callback._measure
-    callback._measure = lambda points: computed.append(len(points["net.2"])) or measure(points)  # type: ignore
+    callback._measure = lambda points: computed.append(len(points["net.2"])) or measure(points)  # type: ignore[method-assign,func-returns-value]
     trainer = fit(out.parent, [callback], epochs=1, net=plain_net, augment=False, num_sanity_val_steps=-1, **options)
     parts: list[Any] = [(computed, {k: float(v) for k, v in trainer.callback_metrics.items()})]
     if devices > 1:
